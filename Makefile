@@ -1,0 +1,32 @@
+# make run [CONFIG=configs/X.yaml] [SET="key=value ..."]   all stages and the result table
+# make test                                               lint, format check, all tests
+PYTHON ?= python3
+CONFIG ?= configs/digits.yaml
+SET ?=
+PY := .venv/bin/python
+
+.PHONY: run test cov clean
+
+run: .venv/installed
+	$(PY) reproduce.py --config $(CONFIG) $(SET)
+
+test: .venv/installed-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest
+
+cov: .venv/installed-dev
+	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered
+
+.venv/installed: requirements.txt constraints.txt
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "Python 3.11 to 3.13 is needed: make PYTHON=python3.12"'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

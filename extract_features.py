@@ -1,0 +1,51 @@
+"""Write the features of every image: the backbone's pooled output, without augmentation.
+
+reads   <source>/model.pt (features.source, default coarse)
+writes  features/<source>/{train.npy (N, D) float32, test.npy (N_test, D) float32}, row i = image i
+usage   python extract_features.py --config configs/digits.yaml
+"""
+
+import sys
+
+from utils.config import command_line, parse_config
+from utils.stages import open_stage
+
+
+def write_features(stage, name, runtime, backbone, split, batch_size):
+    """Stream the features of all rows of `split` into `<name>.npy`, so that memory does not grow with N."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from utils import artifacts, loader, training
+
+    inputs = loader.Inputs(split, runtime.device)
+    with artifacts.streamed_array(stage.path(f"{name}.npy"), (split.n, backbone.n_features), "float32") as array:
+        start = 0
+        batches = training.predict(runtime, backbone, inputs, np.arange(split.n), batch_size=batch_size)
+        for features in tqdm(batches, desc=name, total=-(-split.n // batch_size), disable=None, leave=False):
+            array[start : start + len(features)] = features.cpu().numpy()
+            start += len(features)
+    print(f"{name}: {split.n:,} x {backbone.n_features}", file=sys.stderr)
+
+
+@command_line
+def main(argv=None):
+    cfg = parse_config(__doc__, argv)
+    with open_stage(cfg, "features") as stage:
+        if stage.finished:
+            return
+        from utils import models, training
+        from utils.data import load_dataset
+
+        runtime = training.pick_runtime(cfg)
+        dataset = load_dataset(cfg.data, cfg.dataset_dir / "cache")
+        path = stage.input(f"{cfg.features.source}/model.pt")
+        backbone = runtime.place(models.load_backbone(cfg.model, dataset.train, path))
+        for name, split in (("train", dataset.train), ("test", dataset.test)):
+            write_features(stage, name, runtime, backbone, split, cfg.features.batch_size)
+        print(f"{stage.folder}: train {dataset.train.n:,} x {backbone.n_features}, test {dataset.test.n:,} x {backbone.n_features}")
+        stage.finish(cfg.command("uncertainty_filter.py"), **runtime.describe())
+
+
+if __name__ == "__main__":
+    main()

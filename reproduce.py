@@ -1,0 +1,126 @@
+"""Run all stages for every seed, with the budget-matched baseline and the controls, then report.
+
+Per seed: coarse, features, uncertainty, the labels of each source in reproduce.labels, FN and MH (each of reproduce.alphas)
+on each, and coarse training for as many images as FN saw. What is done is skipped; an interrupted run goes on where it was.
+--force redoes the stages whose settings or inputs have changed.
+
+reads   the data set
+writes  runs/<name>/seed<seed>/..., runs/<name>/report/
+usage   python reproduce.py --config configs/digits.yaml seeds=[0,1,2]
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.config import CLUSTER_METHODS, Config, UserError, command_line, load_config, parse_config
+from utils.data import load_dataset
+from utils.stages import STAGES, is_finished
+
+ROOT = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to run with some settings."""
+
+    stage: str
+    overrides: tuple[str, ...]
+
+    def config(self, cfg: Config) -> Config:
+        """The configuration that the stage's own process will see."""
+        return load_config(cfg.config_path, (*shared_overrides(cfg), *self.overrides))
+
+
+def shared_overrides(cfg: Config) -> tuple[str, ...]:
+    """The command line's settings for every stage; seed and labels are set job by job."""
+    return tuple(o for o in cfg.overrides if not o.startswith(("seed=", "seeds=")))
+
+
+def jobs_of_seed(cfg: Config, seed: int, sources: list[str]) -> list[Job]:
+    """The stages of one seed, each after what it reads.  sources: the labels to learn from."""
+
+    def job(stage: str, *overrides: str) -> Job:
+        return Job(stage, (f"seed={seed}", *overrides))
+
+    found = [source for source in sources if source not in ("random", "oracle")] or sources
+    jobs = [job("coarse"), job("features"), job("uncertainty")]
+    for source in sorted(sources, key=lambda source: source == "random"):  # random shuffles another source's labels
+        if source in CLUSTER_METHODS:
+            extra = [f"cluster.random_of={found[0]}"] if source == "random" else []
+            jobs.append(job("labels", f"cluster.method={source}", "cluster.source=", *extra))
+    jobs.append(job("finetune", f"finetune.labels={found[0]}"))
+    jobs.append(job("coarse", f"coarse.match=finetune/{found[0]}"))
+    jobs += [job("finetune", f"finetune.labels={source}") for source in sources if source != found[0]]
+    jobs += [
+        job("multihead", f"multihead.labels={source}", f"multihead.alpha={alpha:g}")
+        for source in sources
+        for alpha in cfg.reproduce.alphas
+    ]
+    return jobs
+
+
+def usable_sources(cfg: Config) -> list[str]:
+    """reproduce.labels without `oracle` where no truth is known.  Raises UserError for labels that nobody can make."""
+    sources = list(dict.fromkeys(cfg.reproduce.labels))
+    for source in sources:
+        missing = [seed for seed in cfg.seeds if not (cfg.dataset_dir / f"seed{seed}/labels/{source}/manifest.json").is_file()]
+        if source not in CLUSTER_METHODS and missing:
+            raise UserError(f"reproduce.labels: {source} is no cluster.method and seeds {missing} have no labels/{source} yet")
+    if "random" in sources and not set(sources) - {"random", "oracle"}:
+        raise UserError("reproduce.labels: random shuffles discovered labels; name a discoverer beside it, such as umap_hdbscan")
+    if "oracle" in sources and load_dataset(cfg.data, cfg.dataset_dir / "cache").train.fine_labels is None:
+        print(f"{cfg.data.name} has no true fine labels: the oracle control is left out", file=sys.stderr)
+        sources.remove("oracle")
+    return sources
+
+
+def run_job(cfg: Config, job: Job, log: Path) -> str:
+    """Run one stage in a process of its own; return its result line.  Exits with its code where it fails."""
+    config = ["--config", cfg.config_path] if cfg.config_path else []
+    force = ["--force"] if cfg.force else []
+    script = str(ROOT / STAGES[job.stage].script)
+    command = [sys.executable, script, *config, *shared_overrides(cfg), *job.overrides, *force]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as stderr, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        try:
+            stdout = process.communicate()[0]
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.communicate()
+            raise KeyboardInterrupt("the stage in hand has saved what it had") from None
+    if process.returncode:
+        print(f"\n{' '.join(command[1:])} failed; the end of {log}:", file=sys.stderr)
+        print("\n".join(log.read_text().splitlines()[-30:]), file=sys.stderr)
+        raise SystemExit(process.returncode)
+    return stdout.splitlines()[0].partition(": ")[2]
+
+
+@command_line
+def main(argv=None):
+    cfg = parse_config(__doc__, argv)
+    sources = usable_sources(cfg)
+    jobs = [job for seed in cfg.seeds for job in jobs_of_seed(cfg, seed, sources)]
+    spent, n_run = 0.0, 0
+    for number, job in enumerate(jobs, start=1):
+        job_cfg = job.config(cfg)
+        folder = STAGES[job.stage].folder(job_cfg)
+        head = f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] seed {job_cfg.seed}  {folder:<32}"
+        if is_finished(job_cfg, job.stage):
+            print(f"{head} done before", file=sys.stderr, flush=True)
+            continue
+        started = time.perf_counter()
+        result = run_job(cfg, job, cfg.dataset_dir / "logs" / f"seed{job_cfg.seed}-{folder.replace('/', '-')}.log")
+        seconds = time.perf_counter() - started
+        n_run, spent = n_run + 1, spent + seconds
+        left = (len(jobs) - number) * spent / n_run / 60
+        print(f"{head} {seconds:6.1f} s, about {left:.0f} min left  {result}", file=sys.stderr, flush=True)
+    config = ["--config", cfg.config_path] if cfg.config_path else []
+    raise SystemExit(subprocess.run([sys.executable, str(ROOT / "report.py"), *config, *cfg.overrides]).returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Score every image's uncertainty from augmented views and keep the most certain of each coarse class.
+
+reads   coarse/model.pt
+writes  uncertainty/{scores.npy (N,), probs.npy (N, K_C), view_probs.npy (N, V, K_C), kept.npy (N,) bool, suspects.csv, metrics.json}
+usage   python uncertainty_filter.py --config configs/digits.yaml filter.n_views=10 filter.score=entropy
+"""
+
+from utils.config import command_line, parse_config
+from utils.stages import open_stage
+
+
+def write_view_probs(cfg, stage, runtime, network, dataset):
+    """Predict all views of all training images into view_probs.npy, a block of images at a time."""
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from utils import artifacts, loader
+
+    inputs = loader.Inputs(dataset.train, runtime.device)
+    n, n_views = dataset.train.n, cfg.filter.n_views
+    block = max(1, cfg.filter.batch_size // n_views)
+    network.eval()
+    with artifacts.streamed_array(stage.path("view_probs.npy"), (n, n_views, dataset.K_C), "float32") as array:
+        for start in tqdm(range(0, n, block), desc="views", disable=None, leave=False):
+            rows = np.arange(start, min(start + block, n))
+            with torch.inference_mode(), runtime.autocast():
+                logits = network(loader.view_batch(cfg, inputs, rows))
+            probs = logits.float().softmax(1).reshape(len(rows), n_views, -1)
+            array[rows[0] : rows[-1] + 1] = probs.cpu().numpy()
+
+
+def suspect_rows(dataset, mean_probs, is_val, min_prob):
+    """The lines of suspects.csv."""
+    from utils import uncertainty
+
+    names = dataset.coarse_names
+    given, predicted = dataset.train.coarse_labels, mean_probs.argmax(1)
+    return [
+        [row, dataset.train.row_name(row), "val" if is_val[row] else "train", names[given[row]], names[predicted[row]],
+         f"{mean_probs[row].max():.6f}"]
+        for row in uncertainty.suspects(mean_probs, given, min_prob)
+    ]  # fmt: skip
+
+
+@command_line
+def main(argv=None):
+    cfg = parse_config(__doc__, argv)
+    with open_stage(cfg, "uncertainty") as stage:
+        if stage.finished:
+            return
+        import numpy as np
+
+        from utils import artifacts, models, training, uncertainty
+        from utils.data import load_dataset
+
+        runtime = training.pick_runtime(cfg)
+        dataset = load_dataset(cfg.data, cfg.dataset_dir / "cache")
+        network = runtime.place(models.load_network(cfg.model, dataset.train, dataset.K_C, stage.input("coarse/model.pt")))
+        write_view_probs(cfg, stage, runtime, network, dataset)
+
+        view_probs = artifacts.load_array(stage.path("view_probs.npy"), dataset.train.n)
+        labels = dataset.train.coarse_labels
+        train_rows, val_rows = training.train_rows(cfg, dataset)
+        scores = uncertainty.score_views(cfg.filter, view_probs, labels)
+        kept = uncertainty.keep_most_certain(scores, labels, train_rows, cfg.filter.keep_fraction)
+        mean_probs = view_probs.mean(1)
+        is_val = np.isin(np.arange(dataset.train.n), val_rows)
+        suspects = suspect_rows(dataset, mean_probs, is_val, cfg.filter.suspect_min_prob)
+        threshold = {
+            name: float(scores[kept & (labels == k)].max()) for k, name in enumerate(dataset.coarse_names) if (kept & (labels == k)).any()
+        }
+        accuracy = float((mean_probs.argmax(1) == labels)[train_rows].mean())
+        stage.save_array("scores.npy", scores)
+        stage.save_array("probs.npy", mean_probs)
+        stage.save_array("kept.npy", kept)
+        stage.save_csv("suspects.csv", ["row", "image", "split", "given", "predicted", "probability"], suspects)
+        stage.save_json("metrics.json", {
+            "score": cfg.filter.score, "n_kept": int(kept.sum()), "n_train": len(train_rows), "threshold": threshold,
+            "n_suspects": len(suspects), "accuracy_of_views": accuracy,
+        })  # fmt: skip
+        print(f"{stage.folder}: kept {kept.sum():,} of {len(train_rows):,} training rows, {len(suspects)} suspects")
+        stage.finish(cfg.command("cluster_fine.py"), **runtime.describe())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Images on their way from disk to the network.
+
+A set that fits lives on the compute device as uint8 and a batch is an index and a gather there, with no worker processes; a
+larger one stays in its memory map and rows are copied over as they are needed.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import augment
+from utils.config import Config
+from utils.data import Split
+
+RESIDENT_SHARE = 0.4  # of the free memory that a set may take to live on the device
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 4 << 30
+
+
+class Inputs:
+    """Rows of one split as network inputs: (B, C, H, W) uint8 images in channels_last, or (B, D) float32 vectors."""
+
+    def __init__(self, split: Split, device: torch.device):
+        self.device = device
+        self.is_vector = split.is_vector
+        self.array = split.inputs
+        self.resident = None
+        if self.array.nbytes <= RESIDENT_SHARE * free_bytes(device):
+            self.resident = torch.from_numpy(np.array(self.array)).to(device)
+        else:
+            gigabytes = self.array.nbytes / 1e9
+            print(f"loader: {gigabytes:.1f} GB of images do not fit on {device}; rows are copied a batch at a time", file=sys.stderr)
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """rows: (B,) int64 in any order."""
+        if self.resident is not None:
+            batch = self.resident[torch.from_numpy(rows).to(self.device)]
+        else:
+            batch = torch.from_numpy(self.array[rows]).to(self.device, non_blocking=True)
+        return batch if self.is_vector else batch.permute(0, 3, 1, 2)  # (B, H, W, C) in memory is channels_last
+
+
+def steps_in_epoch(n_rows: int, batch_size: int) -> int:
+    """Whole batches in one pass; a set smaller than a batch makes one step of all its rows."""
+    return max(1, n_rows // batch_size)
+
+
+def epoch_rows(rows: np.ndarray, seed: int, epoch: int, batch_size: int) -> np.ndarray:
+    """The epoch's batches as (n_steps, B) rows in an order that depends on (seed, epoch) alone.
+
+    The remainder that does not fill a batch is left out; the order is new in each epoch, so over the epochs all rows are seen.
+    """
+    order = np.random.default_rng([seed, augment.TRAIN, epoch]).permutation(len(rows))
+    size = min(batch_size, len(rows))
+    n_steps = steps_in_epoch(len(rows), batch_size)
+    return rows[order[: n_steps * size]].reshape(n_steps, size)
+
+
+def training_batches(cfg: Config, inputs: Inputs, rows: np.ndarray, epoch: int, first_step: int = 0) -> Iterator[tuple]:
+    """Yield (rows (B,) int64, inputs (B, ...)) of one epoch from `first_step` on, augmented as the configuration says."""
+    batches = epoch_rows(rows, cfg.seed, epoch, cfg.train.batch_size)
+    for step in range(first_step, len(batches)):
+        batch = inputs.take(batches[step])
+        if cfg.augment == "crop_flip" and not inputs.is_vector:
+            positions = step * batches.shape[1] + torch.arange(batches.shape[1], device=inputs.device)
+            draws = augment.uniform(cfg.seed, augment.TRAIN, epoch, positions, n_draws=4, device=inputs.device)
+            batch = augment.crop_flip(batch, draws, cfg.crop_flip)
+        yield batches[step], batch
+
+
+def view_batch(cfg: Config, inputs: Inputs, rows: np.ndarray) -> Tensor:
+    """All views of some images: (B * V, C, H, W), view v of row i at position i * V + v.
+
+    The draws depend on (seed, row, view) only.  A vector has no flips or crops: its views are the vector itself.
+    """
+    n_views = cfg.filter.n_views
+    batch = inputs.take(rows).repeat_interleave(n_views, dim=0)
+    if inputs.is_vector:
+        return batch
+    row = torch.from_numpy(rows).to(inputs.device)[:, None]
+    view = torch.arange(n_views, device=inputs.device)[None, :]
+    draws = augment.uniform(cfg.seed, augment.VIEWS, row, view, n_draws=4, device=inputs.device)
+    return augment.crop_flip(batch, draws.reshape(-1, 4), cfg.filter.views)

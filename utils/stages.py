@@ -1,0 +1,309 @@
+"""The stages: which files each reads, which settings decide its result, and when its folder counts as done.
+
+A script opens its stage, stops if it is finished, writes its files and closes with `finish`:
+
+    with open_stage(cfg, "uncertainty") as stage:
+        if stage.finished:
+            return
+        stage.save_array("scores.npy", scores)
+        stage.finish(next_command=cfg.command("cluster_fine.py"))
+"""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils import artifacts
+from utils.config import CLUSTER_METHODS, Config, UserError, flatten
+from utils.data import data_signature
+
+# A producer and its consumer must agree on these; how a producer was trained is its own affair.
+SHARED_SETTINGS = ("seed", "data.", "model.")
+# Where the data lies and how fast it is read changes no result; the data's signature is compared instead.
+NEVER_COMPARED = ("data.root", "data.download", "features.batch_size", "filter.batch_size")
+TRAINING = ("seed", "data.", "model.", "augment", "crop_flip.", "train.", "precision")
+EMBEDDING = "normalize n_neighbors min_dist n_components metric n_epochs assign assign_k".split()
+HDBSCAN = "min_cluster_size min_samples cluster_selection_method cluster_selection_epsilon allow_single_cluster noise".split()
+CHOOSE_K = "n_clusters k_min k_max".split()
+CLUSTER_SETTINGS = {
+    "umap_hdbscan": [*EMBEDDING, *HDBSCAN],
+    "kmeans": [*EMBEDDING, *CHOOSE_K],
+    "gmm": [*EMBEDDING, *CHOOSE_K],
+    "random": ["random_of"],
+    "oracle": ["assign"],
+}
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """What one stage is, given a configuration; paths are relative to the run folder."""
+
+    name: str
+    script: str
+    folder: Callable[[Config], str]
+    inputs: Callable[[Config], list[str]]
+    settings: Callable[[Config], tuple[str, ...]]
+
+
+def _label_files(source: str, init: str) -> list[str]:
+    files = [f"labels/{source}/{name}.npy" for name in ("labels", "parents", "test_labels")]
+    return files + (["coarse/model.pt"] if init == "coarse" else [])
+
+
+def _coarse_inputs(cfg: Config) -> list[str]:
+    return [f"{cfg.coarse.match}/metrics.json"] if cfg.coarse.match else []
+
+
+def _cluster_inputs(cfg: Config) -> list[str]:
+    if cfg.cluster.method == "random":
+        return [*_label_files(cfg.cluster.random_of, "scratch"), "uncertainty/kept.npy"]
+    if cfg.cluster.method == "oracle":
+        return ["uncertainty/kept.npy"]
+    features = f"features/{cfg.features.source}"
+    return [f"{features}/train.npy", f"{features}/test.npy", "uncertainty/kept.npy"]
+
+
+def _cluster_settings(cfg: Config) -> tuple[str, ...]:
+    own = [f"cluster.{key}" for key in ("method", "source", *CLUSTER_SETTINGS[cfg.cluster.method])]
+    from_features = ("features.source", "metrics.") if cfg.cluster.method in ("umap_hdbscan", "kmeans", "gmm") else ()
+    return ("seed", "data.", *own, *from_features)
+
+
+STAGES = {
+    spec.name: spec
+    for spec in [
+        StageSpec(
+            "coarse", "train_coarse.py",
+            folder=lambda cfg: "coarse_matched" if cfg.coarse.match else "coarse",
+            inputs=_coarse_inputs,
+            settings=lambda cfg: (*TRAINING, "coarse.lr", "coarse.match" if cfg.coarse.match else "coarse.epochs"),
+        ),
+        StageSpec(
+            "features", "extract_features.py",
+            folder=lambda cfg: f"features/{cfg.features.source}",
+            inputs=lambda cfg: [f"{cfg.features.source}/model.pt"],
+            settings=lambda cfg: ("seed", "data.", "model.", "features.", "precision"),
+        ),
+        StageSpec(
+            "uncertainty", "uncertainty_filter.py",
+            folder=lambda cfg: "uncertainty",
+            inputs=lambda cfg: ["coarse/model.pt"],
+            settings=lambda cfg: ("seed", "data.", "model.", "filter.", "precision"),
+        ),
+        StageSpec(
+            "labels", "cluster_fine.py",
+            folder=lambda cfg: f"labels/{cfg.cluster.source}",
+            inputs=_cluster_inputs,
+            settings=_cluster_settings,
+        ),
+        StageSpec(
+            "finetune", "finetune.py",
+            folder=lambda cfg: f"finetune/{cfg.finetune.labels}",
+            inputs=lambda cfg: _label_files(cfg.finetune.labels, cfg.finetune.init),
+            settings=lambda cfg: (*TRAINING, "finetune."),
+        ),
+        StageSpec(
+            "multihead", "multihead.py",
+            folder=lambda cfg: f"multihead/{cfg.multihead.labels}-alpha{cfg.multihead.alpha:g}",
+            inputs=lambda cfg: _label_files(cfg.multihead.labels, cfg.multihead.init),
+            settings=lambda cfg: (*TRAINING, "multihead."),
+        ),
+    ]
+}  # fmt: skip
+
+
+def stage_settings(cfg: Config, spec: StageSpec) -> dict[str, Any]:
+    """The settings that decide this stage's result, {dotted key: value}."""
+    wanted = spec.settings(cfg)
+    flat = flatten(dataclasses.asdict(cfg))
+    return {
+        key: value
+        for key, value in flat.items()
+        if key not in NEVER_COMPARED and any(key == w or (w.endswith(".") and key.startswith(w)) for w in wanted)
+    }
+
+
+def producer_command(cfg: Config, folder: str) -> str:
+    """The command that writes the stage folder `folder`."""
+    kind, _, source = folder.partition("/")
+    commands = {
+        "coarse": ("train_coarse.py",),
+        "coarse_matched": ("train_coarse.py", f"coarse.match=finetune/{cfg.finetune.labels}"),
+        "features": ("extract_features.py",),
+        "uncertainty": ("uncertainty_filter.py",),
+        "labels": ("cluster_fine.py", f"cluster.{'method' if source in CLUSTER_METHODS else 'source'}={source}"),
+        "finetune": ("finetune.py", f"finetune.labels={source}"),
+        "multihead": ("multihead.py",),
+    }
+    if kind not in commands:
+        return f"the program that writes {folder}"
+    return cfg.command(*commands[kind])
+
+
+def _differences(old: dict, new: dict) -> list[str]:
+    keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys]
+
+
+def check_input(cfg: Config, relative: str, signature: str) -> str:
+    """Make sure that run file `relative` is there, undamaged and made from what lies on disk now; return its sha256.
+
+    Raises UserError that names the file or setting and the command to run.
+    """
+    path = cfg.run_dir / relative
+    folder = str(Path(relative).parent)
+    manifest_path = path.with_name("manifest.json")
+    again = producer_command(cfg, folder)
+    if not manifest_path.is_file():
+        state = "unfinished" if path.parent.is_dir() else "missing"
+        raise UserError(f"{path} is {state}: run `{again}` first")
+    manifest = artifacts.load_json(manifest_path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing although {manifest_path} lists it: run `{again} --force`")
+    digest = artifacts.sha256(path)
+    if manifest["outputs"].get(path.name, {}).get("sha256") != digest:
+        raise UserError(f"{path} is damaged or was edited (its hash is not the manifest's): run `{again} --force`")
+    known = {key: value for key, value in manifest["settings"].items() if key.startswith(SHARED_SETTINGS)}
+    now = flatten(dataclasses.asdict(cfg))
+    differing = _differences(known, {key: now.get(key) for key in known})
+    if differing:
+        raise UserError(f"{path.parent} was made with other settings ({'; '.join(differing)}): run `{again} --force`")
+    if manifest["data_signature"] != signature:
+        raise UserError(f"{path.parent} is stale: the data set's files changed since it was made: run `{again} --force`")
+    for upstream, recorded in manifest["inputs"].items():
+        if check_input(cfg, upstream, signature) != recorded:
+            raise UserError(f"{path.parent} is stale: {upstream} changed since it was made: run `{again} --force`")
+    return digest
+
+
+@dataclass
+class OpenStage:
+    """One stage folder that this process holds the lock of."""
+
+    cfg: Config
+    spec: StageSpec
+    folder: Path  # the stage's folder
+    settings: dict[str, Any]
+    inputs: dict[str, str]  # {path relative to the run folder: sha256}
+    signature: str  # of the data set's files
+    finished: bool = False
+    started: float = field(default_factory=time.time)
+    outputs: list[str] = field(default_factory=list)
+
+    @property
+    def fingerprint(self) -> dict:
+        """What a checkpoint must share with this stage to be resumed."""
+        return {"settings": self.settings, "inputs": self.inputs, "data_signature": self.signature}
+
+    def path(self, name: str) -> Path:
+        """Where output `name` goes; it will be listed in the manifest."""
+        if name not in self.outputs:
+            self.outputs.append(name)
+        return self.folder / name
+
+    def save_array(self, name: str, array: Any) -> None:
+        artifacts.save_array(self.path(name), array)
+
+    def save_json(self, name: str, content: Any) -> None:
+        artifacts.save_json(self.path(name), content)
+
+    def save_csv(self, name: str, header: list[str], rows: list[list]) -> None:
+        artifacts.save_csv(self.path(name), header, rows)
+
+    def save_torch(self, name: str, content: Any) -> None:
+        artifacts.save_torch(self.path(name), content)
+
+    def input(self, relative: str) -> Path:
+        """The path of a checked input."""
+        assert relative in self.inputs, f"{relative} is not an input of {self.spec.name}"
+        return self.cfg.run_dir / relative
+
+    def finish(self, next_command: str, **how: Any) -> None:
+        """Write the manifest, which makes the stage done, and name the next command."""
+        seconds = round(time.time() - self.started, 2)
+        manifest = artifacts.make_manifest(
+            self.cfg, self.spec.name, self.settings, self.inputs,
+            {name: artifacts.describe_output(self.folder / name) for name in self.outputs},
+            data_signature=self.signature, seconds=seconds, **how,
+        )  # fmt: skip
+        artifacts.save_json(self.folder / "manifest.json", manifest)
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        print(f"{self.folder}: done in {seconds:.1f} s")
+        print(f"next: {next_command}")
+
+
+def _why_not_done(folder: Path, settings: dict, inputs: dict, signature: str) -> str | None:
+    """None where the manifest in `folder` fits; otherwise the one-line reason."""
+    manifest = artifacts.load_json(folder / "manifest.json")
+    differing = _differences(manifest["settings"], settings)
+    if differing:
+        return f"{folder} is already there with other settings ({'; '.join(differing)})"
+    changed = [path for path, digest in inputs.items() if manifest["inputs"].get(path) != digest]
+    if changed:
+        return f"{folder} is stale: {', '.join(changed)} changed since it was made"
+    if manifest["data_signature"] != signature:
+        return f"{folder} is stale: the data set's files changed since it was made"
+    for name, output in manifest["outputs"].items():
+        path = folder / name
+        if not path.is_file() or artifacts.sha256(path) != output["sha256"]:
+            return f"{path} is missing, damaged or was edited"
+    return None
+
+
+def is_finished(cfg: Config, name: str) -> bool:
+    """True where the stage's folder is done with these very settings and inputs; reads hashes, locks nothing."""
+    spec = STAGES[name]
+    folder = cfg.run_dir / spec.folder(cfg)
+    if not (folder / "manifest.json").is_file():
+        return False
+    try:
+        signature = data_signature(cfg.data)
+        inputs = {path: check_input(cfg, path, signature) for path in spec.inputs(cfg)}
+        return _why_not_done(folder, stage_settings(cfg, spec), inputs, signature) is None
+    except UserError:
+        return False
+
+
+@contextlib.contextmanager
+def open_stage(cfg: Config, name: str) -> Iterator[OpenStage]:
+    """Check the inputs, take the folder's lock and say whether there is anything to do.
+
+    Raises UserError for a missing, damaged or stale input, for results made with other settings (unless cfg.force), and
+    where another process works in the folder.
+    """
+    from filelock import FileLock, Timeout
+
+    spec = STAGES[name]
+    folder = cfg.run_dir / spec.folder(cfg)
+    settings = stage_settings(cfg, spec)
+    signature = data_signature(cfg.data)
+    inputs = {path: check_input(cfg, path, signature) for path in spec.inputs(cfg)}
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder} is in use by another process; wait for it or choose another name= or seed=") from None
+    try:
+        stage = OpenStage(cfg, spec, folder, settings, inputs, signature)
+        if cfg.force:
+            for stale in ("manifest.json", "checkpoint.pt"):
+                (folder / stale).unlink(missing_ok=True)
+        elif (folder / "manifest.json").is_file():
+            reason = _why_not_done(folder, settings, inputs, signature)
+            if reason:
+                raise UserError(f"{reason}; --force redoes it")
+            stage.finished = True
+            print(f"{folder}: done already; --force redoes it")
+        if not stage.finished:
+            for leftover in folder.glob(".*.tmp"):  # of a killed run; the lock says that nobody else is writing
+                leftover.unlink()
+            print(f"{spec.script}: {cfg.name}, seed {cfg.seed} -> {folder}", file=sys.stderr)
+        yield stage
+    finally:
+        lock.release()
