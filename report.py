@@ -134,21 +134,19 @@ def reading_notes(summary: dict) -> list[str]:
     else:
         notes.append("± is the sample standard deviation over n seeds; differences are paired by seed.")
     matched = learners.get(results.MATCHED, {}).get("images_seen", {}).get("mean")
-    shares = {
-        e["name"]: e["images_seen"]["mean"] / matched for e in learners.values() if matched and e["images_seen"]["n"]
-    }
-    unequal = [f"{name} {share:.0%}" for name, share in shares.items() if abs(share - 1) > 0.05]
+    seen = {key: e["images_seen"]["mean"] for key, e in learners.items() if matched and e["images_seen"]["n"]}
+    unequal = dict.fromkeys(learners[key]["learner"] for key, n in seen.items() if abs(n / matched - 1) > 0.05)
     if unequal:
-        notes.append(
-            f"Images seen, as a share of the matched baseline's, where they differ by over 5 %: {join(unequal)}."
-        )
-    no_gain = [
-        e["name"]
-        for e in learners.values()
-        if e["method"] == "oracle" and (e["difference"] or {"mean": 1})["mean"] <= 0
-    ]
+        notes.append(f"Over 5 % more or fewer images seen than by the matched baseline: {join(unequal)}.")
+    oracles = [e for e in learners.values() if e["method"] == "oracle" and e["difference"]]
+    no_gain = [e["name"] for e in oracles if e["difference"]["mean"] <= 0]
     if no_gain:
-        notes.append(f"{join(no_gain)} does not beat the matched baseline: there is no gain to recover.")
+        notes.append(f"{join(no_gain)}: no better than the matched baseline, so there is no gain to recover.")
+    unsure = [e["name"] for e in oracles if e["difference"]["mean"] > 0 and (e["difference"]["low"] or 0) < 0]
+    if unsure:
+        notes.append(
+            f"{join(unsure)}: the gain is not distinguishable from zero, so shares of it recovered mean little."
+        )
     return notes
 
 
@@ -194,11 +192,12 @@ def warning_notes(runs: list[dict], summary: dict) -> list[str]:
             notes.append(
                 f"WARNING: seed {run['seed']}: {folder} was made from another {path} than is there now; redo it."
             )
-        for source, entry in run["labels"].items():
-            n_warnings = len(entry["clusters"].get("warnings") or [])
-            if n_warnings:
-                path = f"seed{run['seed']}/labels/{source}/clusters.json"
-                notes.append(f"Clustering gave {n_warnings} warning{'s' if n_warnings > 1 else ''}; see {path}.")
+    for source in summary["clusters"]:
+        counts = [
+            len(run["labels"][source]["clusters"].get("warnings") or []) for run in runs if source in run["labels"]
+        ]
+        if any(counts):
+            notes.append(f"Clustering warnings for {source}, all seeds: {sum(counts)}; its clusters.json has them.")
     return notes
 
 
@@ -218,20 +217,20 @@ def write_tables(report_dir: Path, cfg: Config, runs, summary: dict, notes: list
     sections.append(tables.to_markdown(*main_table) if main_table[1] else "No learner has finished yet.\n")
     sections.append("".join(f"- {note}\n" for note in notes))
     if cluster_table[1]:
-        sections += ["## Discovered classes\n", tables.to_markdown(*cluster_table), f"{CLUSTER_WORDS}\n"]
+        sections += ["## Discovered classes\n", tables.to_markdown(*cluster_table), CLUSTER_WORDS]
     sections += ["## Seconds\n", tables.to_markdown(*seconds_table), "Mean over seeds.\n"]
     sections += ["## Provenance\n", "".join(f"- {line}\n" for line in provenance_lines(summary))]
     markdown = "\n".join(sections)
-    captions = {
-        f"{cfg.name}: test results, mean ± std over n seeds; paired difference from the budget-matched baseline.": main_table,
-        f"{cfg.name}: discovered fine classes against the true ones, mean ± std over n seeds.": cluster_table,
-        f"{cfg.name}: seconds by stage, mean over seeds.": seconds_table,
-    }
-    tex = [
-        tables.to_latex(*table, caption, f"{cfg.name}-{kind}")
-        for (caption, table), kind in zip(captions.items(), ("main", "clusters", "seconds"), strict=True)
-        if table[1]
+    floats = [
+        (
+            main_table,
+            "test scores, mean ± std over n seeds; paired difference from budget-matched coarse training.",
+            "main",
+        ),
+        (cluster_table, "discovered fine classes against the true ones, mean ± std over n seeds.", "clusters"),
+        (seconds_table, "seconds by stage, mean over seeds.", "seconds"),
     ]
+    tex = [tables.to_latex(*t, f"{cfg.name}: {words}", f"{cfg.name}-{kind}") for t, words, kind in floats if t[1]]
     save_text(report_dir / "table.md", markdown)
     save_text(report_dir / "table.tex", "\n".join(tex))
     save_csv(report_dir / "table.csv", *learner_csv(summary["learners"]))
@@ -240,12 +239,12 @@ def write_tables(report_dir: Path, cfg: Config, runs, summary: dict, notes: list
     return markdown
 
 
-CLUSTER_WORDS = (
-    "Scores are over kept rows, rows without a label as a class of their own; `ARI, all rows` is over all training rows.\n"
-    "ARI, NMI, AMI, Hungarian, purity and stability take all coarse classes together, so the given coarse classes already\n"
-    "earn part of them: the random control's row is the floor. `ARI in class`, silhouette and DBCV are means over coarse\n"
-    "classes; stability is the mean ARI between two seeds over the rows that both label."
-)
+CLUSTER_WORDS = """\
+Scores are over kept rows, rows without a label as a class of their own; `ARI, all rows` is over all training rows.
+ARI, NMI, AMI, Hungarian, purity and stability take all coarse classes together, so the given coarse classes already
+earn part of them: the random control's row is the floor. `ARI in class`, silhouette and DBCV are means over coarse
+classes; stability is the mean ARI between two seeds over the rows that both label.
+"""
 
 
 def provenance_lines(summary: dict) -> list[str]:
@@ -255,7 +254,7 @@ def provenance_lines(summary: dict) -> list[str]:
         f"seeds: {join(origin['seeds'])}",
         f"commit: {commits}{' with uncommitted changes' if origin['dirty'] else ''}",
         f"device: {origin['device'] or 'not recorded'}; precision: {origin['precision'] or 'not recorded'}",
-        f"versions: {join(f'{library} {version}' for library, version in origin['versions'].items()) or 'not recorded'}",
+        f"versions: {join(f'{library} {v}' for library, v in origin['versions'].items()) or 'not recorded'}",
         f"command: `{summary['command']}`",
     ]
 

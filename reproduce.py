@@ -9,6 +9,9 @@ writes  runs/<name>/seed<seed>/..., runs/<name>/report/
 usage   python reproduce.py --config configs/digits.yaml seeds=[0,1,2]
 """
 
+import multiprocessing
+import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -51,7 +54,7 @@ def jobs_of_seed(cfg: Config, seed: int, sources: list[str]) -> list[Job]:
     for source in sorted(sources, key=lambda source: source == "random"):  # random shuffles another source's labels
         if source in CLUSTER_METHODS:
             extra = [f"cluster.random_of={found[0]}"] if source == "random" else []
-            jobs.append(job("labels", f"cluster.method={source}", "cluster.source=", *extra))
+            jobs.append(job("labels", f"cluster.method={source}", f"cluster.source={source}", *extra))
     jobs.append(job("finetune", f"finetune.labels={found[0]}"))
     jobs.append(job("coarse", f"coarse.match=finetune/{found[0]}"))
     jobs += [job("finetune", f"finetune.labels={source}") for source in sources if source != found[0]]
@@ -78,25 +81,44 @@ def usable_sources(cfg: Config) -> list[str]:
     return sources
 
 
-def run_job(cfg: Config, job: Job, log: Path) -> str:
+def run_script(script: str, argv: list[str], log: Path) -> None:
+    """What a job's process does: run the script as the shell would, its output going to `log`."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
+
+
+def processes() -> multiprocessing.context.BaseContext:
+    """Where the system can fork: processes that start with the slow imports done, one process a stage all the same."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torchvision.models.resnet", "sklearn.metrics", "sklearn.datasets"])
+    return context
+
+
+def run_job(context: multiprocessing.context.BaseContext, cfg: Config, job: Job, folder: Path, log: Path) -> str:
     """Run one stage in a process of its own; return its result line.  Exits with its code where it fails."""
     config = ["--config", cfg.config_path] if cfg.config_path else []
-    force = ["--force"] if cfg.force else []
+    argv = [*config, *shared_overrides(cfg), *job.overrides, *(["--force"] if cfg.force else [])]
     script = str(ROOT / STAGES[job.stage].script)
-    command = [sys.executable, script, *config, *shared_overrides(cfg), *job.overrides, *force]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as stderr, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
-        try:
-            stdout = process.communicate()[0]
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.communicate()
-            raise KeyboardInterrupt("the stage in hand has saved what it had") from None
-    if process.returncode:
-        print(f"\n{' '.join(command[1:])} failed; the end of {log}:", file=sys.stderr)
-        print("\n".join(log.read_text().splitlines()[-30:]), file=sys.stderr)
-        raise SystemExit(process.returncode)
-    return stdout.splitlines()[0].partition(": ")[2]
+    process = context.Process(target=run_script, args=(script, argv, log))
+    process.start()
+    try:
+        process.join()
+    except KeyboardInterrupt:
+        os.kill(process.pid, signal.SIGINT)
+        process.join()
+        raise KeyboardInterrupt("the stage in hand has saved what it had") from None
+    lines = log.read_text().splitlines()
+    if process.exitcode:
+        print(f"\n{Path(script).name} {' '.join(argv)} failed; the end of {log}:", file=sys.stderr)
+        print("\n".join(lines[-30:]), file=sys.stderr)
+        raise SystemExit(process.exitcode if process.exitcode > 0 else 1)
+    return next((line.partition(": ")[2] for line in lines if line.startswith(f"{folder}: ")), "")
 
 
 @command_line
@@ -104,7 +126,7 @@ def main(argv=None):
     cfg = parse_config(__doc__, argv)
     sources = usable_sources(cfg)
     jobs = [job for seed in cfg.seeds for job in jobs_of_seed(cfg, seed, sources)]
-    spent, n_run = 0.0, 0
+    context, spent, n_run = processes(), 0.0, 0
     for number, job in enumerate(jobs, start=1):
         job_cfg = job.config(cfg)
         folder = STAGES[job.stage].folder(job_cfg)
@@ -113,7 +135,8 @@ def main(argv=None):
             print(f"{head} done before", file=sys.stderr, flush=True)
             continue
         started = time.perf_counter()
-        result = run_job(cfg, job, cfg.dataset_dir / "logs" / f"seed{job_cfg.seed}-{folder.replace('/', '-')}.log")
+        log = cfg.dataset_dir / "logs" / f"seed{job_cfg.seed}-{folder.replace('/', '-')}.log"
+        result = run_job(context, cfg, job, job_cfg.run_dir / folder, log)
         seconds = time.perf_counter() - started
         n_run, spent = n_run + 1, spent + seconds
         left = (len(jobs) - number) * spent / n_run / 60

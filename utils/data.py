@@ -282,7 +282,7 @@ def _download(cfg: DataConfig) -> str:
             if not _present_files(cfg):
                 _open_torchvision(cfg, download=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        return f" (the download failed: {error})"
+        return f" (the download failed: {' '.join(str(error).split())})"
     return ""
 
 

@@ -24,6 +24,7 @@ MARKERS = "os^Dv"
 GREY, FAINT, ACCENT = "#555555", "#BBBBBB", "#D55E00"
 MAX_POINTS = 5000  # points of a coarse class in one scatter plot
 CLASSES_A_PAGE = 4
+MAX_LEGEND = 12
 N_TYPICAL, N_UNCERTAIN, MAX_GALLERY_ROWS = 8, 4, 12
 MAX_TILE = 96  # pixels; larger images are thinned for the gallery
 
@@ -34,15 +35,23 @@ def style():
     import matplotlib
 
     settings = {
-        "font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.linewidth": 0.6, "legend.frameon": False, "pdf.fonttype": 42, "text.parse_math": False, "savefig.dpi": 150,
-    }  # fmt: skip
+        "font.size": 8,
+        "axes.titlesize": 9,
+        "legend.fontsize": 7,
+        "legend.frameon": False,
+        "axes.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.parse_math": False,  # a $ in a class name is a dollar
+        "pdf.fonttype": 42,
+        "savefig.dpi": 150,
+    }
     with matplotlib.rc_context(settings):
         yield
 
 
 def save_figure(fig, path: Path) -> list[Path]:
-    """Write `path` + .png (150 dpi) and .pdf, each whole or not at all and without a date inside."""
+    """Write `path` + .png (150 dpi) and .pdf, each whole or not at all, without a date inside."""
     written = []
     for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None})):
         buffer = io.BytesIO()
@@ -63,6 +72,11 @@ def new_figure(n_rows: int, n_columns: int, width: float, height: float, **how):
 def file_name(*parts: str) -> str:
     """One file-name stem from parts that may hold spaces and slashes."""
     return "_".join(re.sub(r"[^\w.+-]+", "_", part) for part in parts)
+
+
+def shorten(text: str, n: int) -> str:
+    """At most n characters, the last an ellipsis where any were left out."""
+    return text if len(text) <= n else f"{text[: n - 1]}…"
 
 
 # What one seed found
@@ -124,8 +138,8 @@ def colour(index: int) -> dict:
     return {"c": PALETTE[index % len(PALETTE)], "marker": MARKERS[index // len(PALETTE) % len(MARKERS)]}
 
 
-def scatter_groups(ax, points, groups, names: dict[int, str], colours: dict[int, int], short: dict[int, str]) -> None:
-    """Points by group with a legend below and each group's short name at its median; group -1 is grey, underneath."""
+def scatter_groups(ax, points, groups, names: dict[int, str], colours: dict[int, int], marks: dict[int, str]) -> None:
+    """Points by group, a legend below (the first groups) and marks at the groups' middles; group -1 is grey, below."""
     import matplotlib.patheffects as effects
 
     size = float(np.clip(6000 / max(len(points), 1), 2, 12))
@@ -133,13 +147,15 @@ def scatter_groups(ax, points, groups, names: dict[int, str], colours: dict[int,
         at = points[groups == group]
         look = {"c": FAINT, "marker": "x", "zorder": 1} if group < 0 else {**colour(colours[group]), "zorder": 2}
         edge = {} if group < 0 else {"linewidths": 0}
-        ax.scatter(*at.T, s=size, alpha=0.75, label=names[group], rasterized=True, **look, **edge)
-        if group >= 0:
+        ax.scatter(*at.T, s=size, alpha=0.75, label=shorten(names[group], 16), rasterized=True, **look, **edge)
+        if group in marks:
             outline = [effects.withStroke(linewidth=2.5, foreground="white")]
             middle = at[np.argmin(((at - np.median(at, axis=0)) ** 2).sum(axis=1))]
-            ax.text(*middle, short[group], ha="center", va="center", weight="bold", path_effects=outline, zorder=3)
+            ax.text(*middle, marks[group], ha="center", va="center", weight="bold", path_effects=outline, zorder=3)
     ax.set(xticks=[], yticks=[])
-    legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2, handletextpad=0.1, columnspacing=0.8)
+    handles = ax.get_legend_handles_labels()[0][:MAX_LEGEND]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.07), "ncols": 2}
+    legend = ax.legend(handles=handles, handletextpad=0.1, columnspacing=0.8, **place)
     for handle in legend.legend_handles:
         handle.set(sizes=[18], alpha=1)
 
@@ -155,13 +171,15 @@ def embedding_figures(found: dict) -> list:
         fig, axes = new_figure(n_rows, len(page), max(2.6 * len(page), 3.5), 3.1 * n_rows)
         for ax_column, name in zip(axes.T, page, strict=True):
             draw_embedding(ax_column, found, name, np.flatnonzero(is_placed & (found["coarse"] == name)))
+        for ax in axes[:, 1:].flat:
+            ax.set_ylabel("")
         figures.append(fig)
     return figures
 
 
 def draw_embedding(axes, found: dict, coarse_name: str, rows: np.ndarray) -> None:
     """One coarse class: axes[0] by discovered class, axes[1] (where there) by true class in the matching colours."""
-    axis_name = "UMAP" if found["embedding"].shape[1] == 2 else "principal component"
+    axis_name = "UMAP" if found["embedding"].shape[1] == 2 else "UMAP, principal component"
     points = in_two_dimensions(found["embedding"][rows])
     if len(rows) > MAX_POINTS:
         drawn = np.sort(np.random.default_rng(0).choice(len(rows), MAX_POINTS, replace=False))
@@ -169,21 +187,22 @@ def draw_embedding(axes, found: dict, coarse_name: str, rows: np.ndarray) -> Non
     labels = found["labels"][rows]
     ids = [int(z) for z in np.unique(labels) if z >= 0]
     sizes = {z: int((found["labels"] == z).sum()) for z in ids}
-    names = {z: f"{found['names'][z]} ({sizes[z]:,})" for z in ids} | {-1: "no label"}
     numbers = {z: found["names"][z].rpartition("/")[2] for z in ids}
+    names = {z: f"{numbers[z]}: {sizes[z]:,} rows" for z in ids} | {-1: "no label"}
     scatter_groups(axes[0], points, labels, names, {z: k for k, z in enumerate(ids)}, numbers)
-    axes[0].set_title(f"{coarse_name}: {len(ids)} discovered")
+    axes[0].set_title(f"{shorten(coarse_name, 28)}\n{len(ids)} discovered")
     if len(axes) > 1:
         true, has_label = found["true"][rows], labels >= 0
         true_names = {int(t): str(found["true_names"][t]) for t in np.unique(true)}
         colours = match_colours(labels[has_label], true[has_label]) if has_label.any() else {}
         spare = max(colours.values(), default=-1) + 1
         colours |= {t: spare + i for i, t in enumerate(t for t in true_names if t not in colours)}
-        scatter_groups(axes[1], points, true, true_names, colours, true_names)
-        axes[1].set_title(f"{coarse_name}: {len(true_names)} true")
+        is_brief = all(len(name) <= 3 for name in true_names.values())
+        scatter_groups(axes[1], points, true, true_names, colours, true_names if is_brief else {})
+        axes[1].set_title(f"{len(true_names)} true")
     for ax in axes:
         ax.set_xlabel(f"{axis_name} 1", labelpad=2)
-        ax.set_ylabel(f"{axis_name} 2", labelpad=2)
+        ax.set_ylabel(f"{axis_name} 2")
 
 
 def gallery_figure(found: dict, coarse_name: str, images: np.ndarray):
@@ -191,7 +210,8 @@ def gallery_figure(found: dict, coarse_name: str, images: np.ndarray):
 
     images: (N, H, W, C) uint8.  A framed image has another true class than most of its row's.  None without members.
     """
-    ids = [z for z in np.unique(found["labels"][found["coarse"] == coarse_name]) if z >= 0][:MAX_GALLERY_ROWS]
+    all_ids = [z for z in np.unique(found["labels"][found["coarse"] == coarse_name]) if z >= 0]
+    ids = all_ids[:MAX_GALLERY_ROWS]
     if not ids:
         return None
     strips, captions = zip(*(gallery_row(found, z, images) for z in ids), strict=True)
@@ -205,8 +225,9 @@ def gallery_figure(found: dict, coarse_name: str, images: np.ndarray):
     left, right = N_TYPICAL / 2, N_TYPICAL + 0.5 + N_UNCERTAIN / 2
     for column, words in ((left, "highest membership"), (right, "lowest membership")):
         ax.text(column * tile, -0.12 * tile, words, ha="center", va="bottom")
-    if found["true"] is not None:
-        ax.text(0, (len(ids) + 0.1) * tile, "orange frame: not of the row's main true class", va="top", color=ACCENT)
+    words = ["orange frame: not of the row's main true class"] if found["true"] is not None else []
+    words += [f"the {len(ids)} largest of {len(all_ids)} classes"] if len(ids) < len(all_ids) else []
+    ax.text(0, (len(ids) + 0.1) * tile, "; ".join(words), va="top", color=GREY)
     return fig
 
 
@@ -221,7 +242,7 @@ def gallery_row(found: dict, z: int, images: np.ndarray) -> tuple[np.ndarray, st
     if found["true"] is not None:
         ids, counts = np.unique(found["true"][members], return_counts=True)
         main = ids[counts.argmax()]
-        caption += f"\n{found['true_names'][main]}: {counts.max() / len(members):.0%}"
+        caption += f"\n{counts.max() / len(members):.0%} {found['true_names'][main]}"
 
     def tiles(rows, n):
         drawn = [as_tile(images[r], main is not None and found["true"][r] != main) for r in rows]
@@ -263,8 +284,9 @@ def uncertainty_figure(scores: np.ndarray, coarse: np.ndarray, thresholds: dict[
         kept, dropped = mine[mine <= cut], mine[mine > cut]
         ax.hist([kept, dropped], bins, stacked=True, color=[FAINT, ACCENT], log=True)
         ax.axvline(cut, color="black", lw=0.9, ls="--")
-        ax.set_title(f"{name}: cut {cut:.3g}, {len(dropped) / max(len(mine), 1):.1%} dropped", fontsize=8)
+        ax.set_title(f"{shorten(name, 26)}\ncut {cut:.3g}, {len(dropped) / max(len(mine), 1):.1%} dropped", fontsize=8)
         ax.set_ylim(bottom=0.7)
+        ax.yaxis.set_major_formatter("{x:,.0f}")  # the default writes powers of ten as maths, which is switched off
     for ax in axes.flat[len(thresholds) :]:
         ax.axis("off")
     fig.supxlabel(f"uncertainty ({score_name})", fontsize=8)
@@ -300,14 +322,14 @@ def curves_figure(histories: dict[str, list[list[dict]]], learners: dict[str, di
     if not curves:
         return None
     sources = list(dict.fromkeys(learners[key]["labels"] for key in curves if learners[key]["labels"])) or [None]
-    kinds = list(dict.fromkeys(kind_name(learners[key]) for key in curves))
+    kinds = list(dict.fromkeys(learners[key]["learner"] for key in curves))
     fig, axes = new_figure(1, len(sources), max(2.7 * len(sources), 4.5), 3.1, sharey=True, sharex=True)
     plain = {"coarse": {"color": "black", "ls": ":"}, "coarse (matched budget)": {"color": "black", "ls": "--"}}
     lines = {}
     for ax, source in zip(axes.flat, sources, strict=True):
         for key, (seen, mean, std) in curves.items():
             if learners[key]["labels"] in (None, source):
-                kind = kind_name(learners[key])
+                kind = learners[key]["learner"]
                 look = plain.get(kind, {"color": PALETTE[(kinds.index(kind) - 2) % len(PALETTE)]})
                 marker = "o" if len(seen) == 1 else None
                 lines[kind] = ax.plot(seen / 1e3, 100 * mean, lw=1.3, marker=marker, **look)[0]
@@ -326,13 +348,8 @@ def curves_figure(histories: dict[str, list[list[dict]]], learners: dict[str, di
     return fig
 
 
-def kind_name(learner: dict) -> str:
-    """The learner's name without its labels source, which the panel's title has."""
-    return learner["name"].removesuffix(f" ({learner['labels']})")
-
-
 def differences_figure(learners: dict[str, dict]):
-    """Paired differences of test accuracy from the matched baseline: mean, 95 % interval and every seed; None without."""
+    """Paired differences of test accuracy from the matched baseline: mean, 95 % interval, every seed; None without."""
     shown = [entry for entry in learners.values() if entry["difference"]]
     if not shown:
         return None

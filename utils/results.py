@@ -78,16 +78,14 @@ def learner_kind(key: str, labels: str | None) -> str:
     return f"{stage}/*{tail[len(labels) :]}" if labels and tail.startswith(labels) else key
 
 
-def learner_name(key: str, labels: str | None) -> str:
-    """How tables call the learner: `FN (umap_hdbscan)`, `MH alpha=0.9 (oracle)`, `coarse (matched budget)`."""
-    kind = learner_kind(key, labels)
-    if kind == MATCHED:
+def learner_words(key: str, labels: str | None) -> str:
+    """What tables call the learner, without its labels: `FN`, `MH alpha=0.9`, `coarse (matched budget)`."""
+    if key == MATCHED:
         return "coarse (matched budget)"
-    if "*" not in kind:
-        return key
-    stage, _, rest = kind.partition("/*")
-    words = {"finetune": "FN", "multihead": "MH"}.get(stage, stage) + rest.replace("-alpha", " alpha=")
-    return f"{words} ({labels})"
+    stage, starred, rest = learner_kind(key, labels).partition("/*")
+    return (
+        {"finetune": "FN", "multihead": "MH"}.get(stage, stage) + rest.replace("-alpha", " alpha=") if starred else key
+    )
 
 
 def by_seed(runs: list[dict], key: str, metric: str) -> dict[int, float]:
@@ -165,8 +163,9 @@ def summarize_learners(runs: list[dict], first: list[str] = ()) -> dict[str, dic
 
     learners = {}
     for key in sorted(labels_of, key=rank):
-        entry = {"name": learner_name(key, labels_of[key]), "labels": labels_of[key]}
-        entry["method"] = methods.get(labels_of[key])
+        labels, words = labels_of[key], learner_words(key, labels_of[key])
+        entry = {"name": f"{words} ({labels})" if labels else words, "learner": words, "labels": labels}
+        entry["method"] = methods.get(labels)
         entry["seeds"] = [run["seed"] for run in runs if key in run["learners"]]
         entry |= {metric: spread(by_seed(runs, key, metric).values()) for metric in LEARNER_METRICS}
         matched = {} if key == MATCHED else accuracy.get(MATCHED, {})
@@ -270,7 +269,7 @@ def setting_differences(runs: list[dict]) -> dict[str, list[str]]:
 
 
 def stale_inputs(run: dict) -> list[tuple[str, str]]:
-    """(stage folder, input file) wherever a stage read another version of the file than its producer's manifest names."""
+    """(stage folder, input file) wherever a stage read another version of the file than its producer has now."""
     outputs = {
         f"{folder}/{name}": info.get("sha256")
         for folder, manifest in run["manifests"].items()
