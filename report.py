@@ -23,7 +23,7 @@ def main(argv=None):
     runs = results.collect_runs(cfg.dataset_dir)
     if not runs:
         raise UserError(f"{cfg.dataset_dir}: no finished stage of any seed; run `{cfg.command('reproduce.py')}` first")
-    dataset, problem = try_load_dataset(cfg)
+    dataset, problem = try_load_dataset(cfg, results.provenance(runs)["data_signatures"])
     has_truth = knows_truth(runs, dataset)
     if not has_truth:
         score_discovered_groups(runs, dataset, cfg.reproduce.labels)
@@ -42,12 +42,18 @@ def main(argv=None):
     )
 
 
-def try_load_dataset(cfg: Config):
-    """(data set, "") or (None, why it cannot be loaded): the report does without its images if it must."""
+def try_load_dataset(cfg: Config, signatures: list[str]):
+    """(data set, "") or (None, why it cannot be used): the report does without its images if it must.
+
+    signatures: of the data that the runs read; other data would put the wrong images into the galleries.
+    """
     from utils.data import load_dataset
 
     try:
-        return load_dataset(cfg.data, cache_dir=cfg.dataset_dir / "cache"), ""
+        dataset = load_dataset(cfg.data, cache_dir=cfg.dataset_dir / "cache")
+        if signatures and dataset.signature not in signatures:
+            return None, "The data set's files have changed since the runs were made."
+        return dataset, ""
     except (UserError, OSError) as error:
         print(f"report.py: going on without the data set: {error}", file=sys.stderr)
         return None, f"The data set could not be loaded ({error})."
@@ -249,7 +255,7 @@ classes; stability is the mean ARI between two seeds over the rows that both lab
 
 def provenance_lines(summary: dict) -> list[str]:
     origin = summary["provenance"]
-    commits = join(origin["commits"]) or "none (not a git checkout)"
+    commits = join(origin["commits"]) or "none recorded"
     return [
         f"seeds: {join(origin['seeds'])}",
         f"commit: {commits}{' with uncommitted changes' if origin['dirty'] else ''}",
@@ -340,16 +346,21 @@ def uncertainty_figure(cfg: Config, run: dict, dataset):
     from utils import figures
     from utils.data import validation_mask
 
-    csv_paths = [run["dir"] / "labels" / source / "labels.csv" for source in run["labels"]]
-    if dataset is None and not csv_paths:
+    source = next(iter(run["labels"]), None)
+    if dataset is None and source is None:
         return None
     folder = run["dir"] / "uncertainty"
-    metrics, scores = load_json(folder / "metrics.json"), load_array(folder / "scores.npy")
-    coarse = figures.row_classes(csv_paths[0] if csv_paths else None, dataset)
-    is_train = np.ones(len(scores), bool)
-    if dataset is not None:  # validation rows are scored too, but never kept: they would all look dropped
-        is_train = ~validation_mask(dataset.train.coarse_labels, cfg.data.val_fraction, run["seed"])
-    return figures.uncertainty_figure(scores[is_train], coarse[is_train], metrics["threshold"], metrics["score"])
+    metrics = load_json(folder / "metrics.json")
+    n_rows = dataset.train.n if dataset else None
+    scores, kept = (load_array(folder / name, rows=n_rows) for name in ("scores.npy", "kept.npy"))
+    coarse = figures.row_classes(run["dir"] / f"labels/{source}/labels.csv", dataset)
+    names = dataset.coarse_names if dataset else run["labels"][source]["clusters"]["classes"]
+    # Validation rows are scored too, but never kept: they would all look dropped.
+    index = {name: c for c, name in enumerate(names)}
+    coarse_labels = np.array([index[name] for name in coarse.tolist()])
+    is_train = ~validation_mask(coarse_labels, cfg.data.val_fraction, run["seed"])
+    rows = [array[is_train] for array in (scores, kept, coarse)]
+    return figures.uncertainty_figure(*rows, metrics["threshold"], metrics["score"])
 
 
 if __name__ == "__main__":

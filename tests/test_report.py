@@ -27,7 +27,7 @@ def write_manifest(folder, seed, **changes):
     manifest = {
         "stage": folder.name, "settings": {"seed": seed, "train.batch_size": 8}, "config": {"seed": seed},
         "code": {"commit": "c" * 40, "dirty": False}, "versions": {"torch": "2.15.0"}, "device": "cpu",
-        "precision": "fp32", "seed": seed, "data_signature": "d", "inputs": {}, "outputs": {}, "seconds": 2.0 + seed,
+        "precision": "fp32", "seed": seed, "inputs": {}, "outputs": {}, "seconds": 2.0 + seed,
     }  # fmt: skip
     write_json(folder / "manifest.json", manifest | changes)
 
@@ -263,6 +263,14 @@ def test_a_missing_data_set_costs_the_galleries_only(tmp_path, capsys):
     names = {p.name for p in (runs_dir / "report/figures/seed0").iterdir()}
     assert {"embedding_umap_hdbscan.png", "uncertainty.png"} <= names and not any("gallery" in n for n in names)
     assert "The data set could not be loaded" in printed
+
+
+def test_changed_data_make_no_gallery(tmp_path, capsys):
+    runs_dir = write_runs(tmp_path, seeds=(0,))
+    write_manifest(runs_dir / "seed0/coarse", 0, data_signature="of other files")
+    _, printed = make_report(tmp_path, capsys)
+    assert "files have changed since the runs were made" in printed
+    assert not list((runs_dir / "report/figures/seed0").glob("gallery*"))
 
 
 def test_all_files_exist_and_repeat_byte_for_byte(tmp_path, capsys):

@@ -90,7 +90,8 @@ def load_found(run: dict, source: str, dataset=None) -> dict:
     coarse names come from labels.csv and there is no truth.
     """
     folder, clusters = run["dir"] / "labels" / source, run["labels"][source]["clusters"]
-    arrays = {name: load_array(folder / f"{name}.npy") for name in ("labels", "membership", "embedding")}
+    n_rows = dataset.train.n if dataset else None
+    arrays = {name: load_array(folder / f"{name}.npy", rows=n_rows) for name in ("labels", "membership", "embedding")}
     true = dataset.train.fine_labels if dataset else None
     return {
         **arrays,
@@ -269,27 +270,29 @@ def as_tile(image: np.ndarray, is_framed: bool) -> np.ndarray:
     return np.pad(inner, ((margin, margin), (margin, margin), (0, 0)), constant_values=255)
 
 
-def uncertainty_figure(scores: np.ndarray, coarse: np.ndarray, thresholds: dict[str, float], score_name: str):
-    """Histogram of the scores of each coarse class's rows; rows above the class's cut (dropped) in the accent colour.
+def uncertainty_figure(scores: np.ndarray, is_kept: np.ndarray, coarse: np.ndarray, cuts: dict[str, float], words: str):
+    """Histogram of the scores of each coarse class's rows, dropped rows in the accent colour, on a logarithmic axis.
 
-    scores: (n,) float, coarse: (n,) str, thresholds: {coarse name: largest kept score}.
+    scores: (n,) float >= 0, is_kept: (n,) bool, coarse: (n,) str, cuts: {coarse name: largest kept score},
+    words: what the score is called.
     """
-    n_columns = min(4, len(thresholds))
-    n_rows = math.ceil(len(thresholds) / n_columns)
+    n_columns = min(4, len(cuts))
+    n_rows = math.ceil(len(cuts) / n_columns)
     fig, axes = new_figure(n_rows, n_columns, max(2.3 * n_columns, 3.5), 1.9 * n_rows, sharex=True)
-    low, high = float(scores.min()), float(scores.max())
-    bins = np.linspace(low, high if high > low else low + 1, 41)
-    for ax, (name, cut) in zip(axes.flat, thresholds.items(), strict=False):
-        mine = scores[coarse == name]
-        kept, dropped = mine[mine <= cut], mine[mine > cut]
-        ax.hist([kept, dropped], bins, stacked=True, color=[FAINT, ACCENT], log=True)
-        ax.axvline(cut, color="black", lw=0.9, ls="--")
-        ax.set_title(f"{shorten(name, 26)}\ncut {cut:.3g}, {len(dropped) / max(len(mine), 1):.1%} dropped", fontsize=8)
-        ax.set_ylim(bottom=0.7)
-        ax.yaxis.set_major_formatter("{x:,.0f}")  # the default writes powers of ten as maths, which is switched off
-    for ax in axes.flat[len(thresholds) :]:
+    high = max(float(scores.max()), 1e-6)
+    low = 1e-4 * high  # most rows are very certain: on a linear axis all of them would be one bar
+    bins = np.geomspace(low, high, 41)
+    for ax, (name, cut) in zip(axes.flat, cuts.items(), strict=False):
+        kept, dropped = (np.clip(scores[(coarse == name) & rows], low, high) for rows in (is_kept, ~is_kept))
+        ax.hist([kept, dropped], bins, stacked=True, color=[FAINT, ACCENT])
+        ax.axvline(max(cut, low), color="black", lw=0.9, ls="--")
+        share = len(dropped) / max(len(kept) + len(dropped), 1)
+        ax.set_title(f"{shorten(name, 26)}\ncut {cut:.3g}, {share:.1%} dropped", fontsize=8)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")  # the default writes powers of ten as maths, which is switched off
+    for ax in axes.flat[len(cuts) :]:
         ax.axis("off")
-    fig.supxlabel(f"uncertainty ({score_name})", fontsize=8)
+    fig.supxlabel(f"uncertainty ({words}); the first bar holds everything below", fontsize=8)
     fig.supylabel("training rows", fontsize=8)
     return fig
 
