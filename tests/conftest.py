@@ -1,10 +1,14 @@
 """Shared fixtures: a tiny data set with planted fine classes, and one finished run of all stages on it."""
 
+import os
 import shutil
 from pathlib import Path
 
-import numpy as np
-import pytest
+# Small networks gain nothing from a second thread, and threads that wait for each other crawl on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]

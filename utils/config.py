@@ -273,6 +273,7 @@ class Config:
     seed: int = 0  # fixes the validation rows, the weights, the order, every augmentation and UMAP
     seeds: list[int] = field(default_factory=lambda: [0])  # reproduce.py, report.py: one run each
     device: str = "auto"  # auto | cpu | cuda | cuda:<n>
+    threads: int = 0  # CPU threads that torch uses in a stage; 0 = torch's choice, all cores
     precision: str = "auto"  # auto (bf16 where the hardware has it) | fp32 | bf16
     augment: str = "crop_flip"  # training augmentation: none | crop_flip
     crop_flip: CropFlipConfig = field(default_factory=CropFlipConfig)
@@ -301,6 +302,7 @@ class Config:
             raise UserError(f"seeds: {self.seeds} must name at least one seed, each once")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"device: '{self.device}' is not one of auto, cpu, cuda, cuda:<n>")
+        check_range("threads", self.threads, 0)
         check_choice("precision", self.precision, ["auto", "fp32", "bf16"])
         check_choice("augment", self.augment, ["none", "crop_flip"])
 

@@ -49,6 +49,8 @@ class Runtime:
 
 def pick_runtime(cfg: Config) -> Runtime:
     """Resolve device and precision `auto`.  Raises UserError where the wanted device is not there."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     wanted = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wanted)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
