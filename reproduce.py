@@ -9,6 +9,7 @@ writes  runs/<name>/seed<seed>/..., runs/<name>/report/
 usage   python reproduce.py --config configs/digits.yaml seeds=[0,1,2]
 """
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -110,7 +111,8 @@ def run_job(context: multiprocessing.context.BaseContext, cfg: Config, job: Job,
     try:
         process.join()
     except KeyboardInterrupt:
-        os.kill(process.pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):  # Ctrl-C in a terminal reaches the stage too; it may be gone
+            os.kill(process.pid, signal.SIGINT)
         process.join()
         raise KeyboardInterrupt("the stage in hand has saved what it had") from None
     lines = log.read_text().splitlines()

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 # Small networks gain nothing from a second thread, and threads that wait for each other crawl on a busy machine.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

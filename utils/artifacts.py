@@ -85,8 +85,9 @@ def streamed_array(path: Path, shape: tuple[int, ...], dtype: Any) -> Iterator[n
 def save_torch(path: Path, content: Any) -> None:
     import torch
 
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    # A file object, as the archive would hold the temporary path's name: other bytes in each process.
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
 
 
 def load_torch(path: Path) -> Any:
@@ -95,17 +96,22 @@ def load_torch(path: Path) -> Any:
 
     import torch
 
+    content = io.BytesIO(path.read_bytes())  # from here on an error is the content's, OSError included
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: damaged, or not a plain checkpoint ({reason}); --force starts its stage anew") from None
 
 
 def load_array(path: Path, rows: int | None = None, mmap: bool = False) -> np.ndarray:
     """Read a .npy of `rows` rows.  Raises UserError where it is truncated, pickled or of another length."""
     try:
-        array = np.load(path, allow_pickle=False, mmap_mode="r" if mmap else None)
+        if mmap:
+            array = np.lib.format.open_memmap(path, mode="r")
+        else:
+            with open(path, "rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path}: not a readable .npy file ({error}); run the stage that wrote it again") from None
     if rows is not None and (array.ndim == 0 or len(array) != rows):
@@ -119,6 +125,15 @@ def load_json(path: Path) -> dict:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); run the stage that wrote it again with --force") from None
+
+
+def load_manifest(folder: Path) -> dict:
+    """Raises UserError where the folder's manifest.json is damaged."""
+    path = folder / "manifest.json"
+    manifest = load_json(path)
+    if not isinstance(manifest, dict) or not {"settings", "inputs", "outputs", "data_signature"} <= manifest.keys():
+        raise UserError(f"{path}: not a stage's manifest; run the stage that wrote it again with --force")
+    return manifest
 
 
 def sha256(path: Path) -> str:

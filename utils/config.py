@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import signal
 import sys
@@ -40,12 +41,12 @@ def check_choice(key: str, value: str, choices: list[str]) -> None:
 
 
 def check_range(key: str, value: float, low: float | None = None, high: float | None = None, open_low: bool = False):
-    """Raise UserError unless low <= value <= high (low < value with `open_low`); None = no bound; NaN never passes."""
+    """Raise UserError unless low <= value <= high (low < value with `open_low`); None = no bound; NaN and inf never pass."""
     above = low is None or (value > low if open_low else value >= low)
-    if not (above and (high is None or value <= high)) or value != value:
-        bounds = [f"{'greater than' if open_low else 'at least'} {low:g}" if low is not None else "",
-                  f"at most {high:g}" if high is not None else ""]  # fmt: skip
-        raise UserError(f"{key}: {value:g} is out of range; it must be {' and '.join(b for b in bounds if b)}")
+    if not (math.isfinite(value) and above and (high is None or value <= high)):
+        bounds = [f"{'greater than' if open_low else 'at least'} {low}" if low is not None else "",
+                  f"at most {high}" if high is not None else "finite" * (not math.isfinite(value))]  # fmt: skip
+        raise UserError(f"{key}: {value} is out of range; it must be {' and '.join(b for b in bounds if b)}")
 
 
 @dataclass
@@ -341,7 +342,7 @@ def load_config(config_path: str = "", overrides: tuple[str, ...] = ()) -> Confi
             raise UserError(f"{config_path}: no such config file; configs/ has one for each data set")
         try:
             from_file = OmegaConf.load(config_path)
-        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
             raise UserError(f"{config_path}: {_one_line(error)}") from None
         if not isinstance(from_file, DictConfig):
             raise UserError(f"{config_path}: must hold `key: value` lines")
@@ -364,6 +365,7 @@ def load_config(config_path: str = "", overrides: tuple[str, ...] = ()) -> Confi
 
 
 def _merge(tree: DictConfig, update: DictConfig) -> DictConfig:
+    _check_shape(dataclasses.asdict(Config()), OmegaConf.to_container(update, resolve=False))
     # A map in the YAML replaces the one before it: merging two coarse maps key by key would mix two data sets.
     try:
         if OmegaConf.is_dict(update.get("data")) and "coarse_map" in update.data:
@@ -371,6 +373,18 @@ def _merge(tree: DictConfig, update: DictConfig) -> DictConfig:
         return OmegaConf.merge(tree, update)
     except OmegaConfBaseException as error:
         raise UserError(_config_error(error)) from None
+
+
+def _check_shape(known: dict, given: dict, prefix: str = "") -> None:
+    """Raise UserError where a list or a group of settings is given something else: OmegaConf's message names no key."""
+    for key, value in given.items():
+        default = known.get(key)
+        if isinstance(default, list) and not isinstance(value, list):
+            raise UserError(f"{prefix}{key}: expected a list such as {default}, not {value!r}")
+        if isinstance(default, dict) and not isinstance(value, dict):
+            raise UserError(f"{prefix}{key}: expected `name: value` entries, not {value!r}")
+        if isinstance(default, dict):
+            _check_shape(default, value, f"{prefix}{key}.")
 
 
 def _one_line(error: Exception) -> str:
@@ -381,7 +395,7 @@ def _config_error(error: OmegaConfBaseException) -> str:
     key = str(error.full_key or "")
     first_line = (error.msg or str(error)).strip().splitlines()[0]
     if "not in" in first_line and key:
-        known = flatten(dataclasses.asdict(Config())).keys() | {f.name for f in dataclasses.fields(Config)}
+        known = [*flatten(dataclasses.asdict(Config())), *(f.name for f in dataclasses.fields(Config))]
         leaf = [k for k in known if k.rpartition(".")[2] == key]
         near = leaf[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         return f"{key}: no such setting." + (f" Did you mean: '{near[0]}'?" if near else "")
@@ -406,9 +420,14 @@ def settings_help() -> str:
     return "\n".join(f"  {key}={'' if value == '' else value}" for key, value in flat.items())
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; --help shows what there is")
+
+
 def parse_config(doc: str, argv: list[str] | None = None) -> Config:
     """Read the command line `--config FILE key=value ... [--force]`; `doc` is the script's docstring, shown by --help."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings and their defaults (utils/config.py says what each means):\n" + settings_help(),
@@ -437,7 +456,8 @@ def command_line(main):
         except OSError as error:
             fail(f"{error.filename or 'file system'}: {error.strerror or error}")
         except KeyboardInterrupt as error:
-            print(f"interrupted: {error or 'nothing was written'}; run the same command to go on", file=sys.stderr)
+            where = f": {error}" if str(error) else ""
+            print(f"interrupted{where}; run the same command to go on", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
 
     return run

@@ -20,7 +20,7 @@ def input_statistics(split: Split, rows: np.ndarray) -> tuple[np.ndarray, np.nda
 
     At most 20,000 evenly spaced rows are read.  A constant channel gets standard deviation 1.
     """
-    rows = rows[:: max(1, len(rows) // MAX_STATISTICS_ROWS)]
+    rows = rows[:: -(-len(rows) // MAX_STATISTICS_ROWS)]
     total = square = 0.0
     count = 0
     for start in range(0, len(rows), 1000):

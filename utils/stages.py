@@ -162,7 +162,7 @@ def check_input(cfg: Config, relative: str, signature: str) -> str:
     if not manifest_path.is_file():
         state = "unfinished" if path.parent.is_dir() else "missing"
         raise UserError(f"{path} is {state}: run `{again}` first")
-    manifest = artifacts.load_json(manifest_path)
+    manifest = artifacts.load_manifest(path.parent)
     if not path.is_file():
         raise UserError(f"{path} is missing although {manifest_path} lists it: run `{again} --force`")
     digest = artifacts.sha256(path)
@@ -239,7 +239,7 @@ class OpenStage:
 
 def _why_not_done(folder: Path, settings: dict, inputs: dict, signature: str) -> str | None:
     """None where the manifest in `folder` fits; otherwise the one-line reason."""
-    manifest = artifacts.load_json(folder / "manifest.json")
+    manifest = artifacts.load_manifest(folder)
     differing = _differences(manifest["settings"], settings)
     if differing:
         return f"{folder} is already there with other settings ({'; '.join(differing)})"

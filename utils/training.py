@@ -184,7 +184,7 @@ def fit(
     n_epochs = -(-phase.n_steps // per_epoch)
     state = checkpoint.phases.get(phase.name)
     if state is None:
-        state = {"step": 0, "losses": [], "best": None, "best_epoch": 0, "history": [], "done": False}
+        state = {"step": 0, "lr": 0.0, "losses": [], "best": None, "best_epoch": 0, "history": [], "done": False}
     elif not state["done"]:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
@@ -195,14 +195,16 @@ def fit(
         live = {} if done else {
             "network": network.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()
         }  # fmt: skip
-        kept = {key: state[key] for key in ("step", "losses", "best", "best_epoch", "history")}
+        kept = {key: state[key] for key in ("step", "lr", "losses", "best", "best_epoch", "history")}
         checkpoint.save(phase.name, {**kept, **live, "done": done})
 
     bar = tqdm(total=phase.n_steps, initial=state["step"], desc=phase.name, disable=None, leave=False)
     with Interruption() as interruption, bar:
         while state["step"] < phase.n_steps:
             epoch, first_step = divmod(state["step"], per_epoch)
-            started, lr = time.perf_counter(), schedule.get_last_lr()[0]
+            started = time.perf_counter()
+            if first_step == 0:
+                state["lr"] = schedule.get_last_lr()[0]
             losses = []
             network.train()
             for rows, batch in loader.training_batches(cfg, inputs, phase.rows, phase.first_epoch + epoch, first_step):
@@ -224,9 +226,10 @@ def fit(
                 raise KeyboardInterrupt(f"step {state['step']} of {phase.n_steps} is saved in {checkpoint.path}")
             n_images, seconds = len(losses) * batch_size, time.perf_counter() - started
             scores = validate(network)
+            check_finite([scores["loss"]], state["step"] - 1, phase, epoch + 1)
             line = {
                 "phase": phase.name, "epoch": epoch + 1, "epochs": n_epochs, "loss": float(np.mean(state["losses"])),
-                "val_accuracy": scores["accuracy"], "val_loss": scores["loss"], "lr": lr,
+                "val_accuracy": scores["accuracy"], "val_loss": scores["loss"], "lr": state["lr"],
                 "images_seen": phase.images_before + state["step"] * batch_size,
                 "seconds": round(seconds, 3), "images_per_s": round(n_images / seconds, 1),
             }  # fmt: skip
@@ -238,8 +241,8 @@ def fit(
             state["losses"] = []
             report_epoch(line, bar)
             save(done=state["step"] == phase.n_steps)
-            if interruption.wanted and state["step"] < phase.n_steps:
-                raise KeyboardInterrupt(f"epoch {epoch + 1} of {n_epochs} is saved in {checkpoint.path}")
+            if interruption.wanted:
+                raise KeyboardInterrupt(f"{phase.name} epoch {epoch + 1} of {n_epochs} is saved in {checkpoint.path}")
     return Fit(state["best"], state["best_epoch"], phase.images_before + phase.n_steps * batch_size)
 
 
