@@ -19,8 +19,8 @@ cov: .venv/installed-dev
 	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered
 
 .venv/installed: requirements.txt constraints.txt
-	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "Python 3.11 to 3.13 is needed: make PYTHON=python3.12"'
-	test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed, for example: make run PYTHON=python3.12")'
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@
 

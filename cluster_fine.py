@@ -1,8 +1,9 @@
 """Find pseudo-fine labels inside each coarse class: UMAP and HDBSCAN, other methods, or one of the two controls.
 
 reads   features/<features.source>/{train,test}.npy, uncertainty/kept.npy
-        (cluster.method=random: labels/<cluster.random_of>/; cluster.method=oracle: uncertainty/kept.npy and the true fine labels)
-writes  labels/<cluster.source>/{labels,membership,parents,embedding,test_labels}.npy, clusters.json, labels.csv, metrics.json
+        (cluster.method=random: labels/<cluster.random_of>/ and kept.npy; oracle: kept.npy and the true fine labels)
+writes  labels/<cluster.source>/{labels,membership,parents,embedding,test_labels}.npy, clusters.json, labels.csv,
+        metrics.json
 usage   python cluster_fine.py --config configs/digits.yaml cluster.n_neighbors=20 cluster.noise=keep
 """
 
@@ -52,7 +53,8 @@ def label_rows(train, discovery, coarse_names):
     found = ["" if z < 0 else discovery.names[z] for z in discovery.labels]
     coarse = [coarse_names[y] for y in train.coarse_labels]
     return [
-        [row, train.row_name(row), coarse[row], found[row], f"{discovery.membership[row]:.4f}"] for row in range(train.n)
+        [row, train.row_name(row), coarse[row], found[row], f"{discovery.membership[row]:.4f}"]
+        for row in range(train.n)
     ]
 
 
@@ -65,7 +67,8 @@ def main(argv=None):
         import numpy as np
 
         from utils import artifacts, clustering, metrics
-        from utils.data import load_dataset, validation_mask
+        from utils.data import load_dataset
+        from utils.splits import validation_mask
 
         dataset = load_dataset(cfg.data, cfg.dataset_dir / "cache")
         train = dataset.train
@@ -74,12 +77,10 @@ def main(argv=None):
         for warning in discovery.warnings:
             print(f"warning: {warning}", file=sys.stderr)
 
-        quality = {"kept": None, "all": None, "per_class": {}}
-        if train.fine_labels is not None:
-            kept = artifacts.load_array(stage.input("uncertainty/kept.npy"), train.n)
-            quality = metrics.quality_report(
-                train.fine_labels, discovery.labels, train.coarse_labels, dataset.coarse_names, kept, is_train
-            )
+        kept = artifacts.load_array(stage.input("uncertainty/kept.npy"), train.n)
+        quality = metrics.quality_report(
+            train.fine_labels, discovery.labels, train.coarse_labels, dataset.coarse_names, kept, is_train
+        )
         for name in ("labels", "membership", "parents", "embedding", "test_labels"):
             stage.save_array(f"{name}.npy", np.asarray(getattr(discovery, name)))
         stage.save_json("clusters.json", clustering.summary(discovery, cfg.cluster.method))
@@ -87,10 +88,10 @@ def main(argv=None):
         header = ["row", "image", "coarse", "discovered", "membership"]
         stage.save_csv("labels.csv", header, label_rows(train, discovery, dataset.coarse_names))
         truth = f", ARI {quality['kept']['ari']:.3f} over kept rows" if quality["kept"] else ""
-        n_labelled = int((discovery.labels >= 0).sum())
-        print(f"{stage.folder}: {len(discovery.parents)} fine classes on {n_labelled:,} of {is_train.sum():,} training rows{truth}")
-        learn = cfg.command("finetune.py", f"finetune.labels={cfg.cluster.source}")
-        stage.finish(learn, device=artifacts.cpu_name(), precision="fp32", platform=platform.platform())
+        rows = f"{(discovery.labels >= 0).sum():,} of {is_train.sum():,} training rows"
+        print(f"{stage.folder}: {len(discovery.parents)} fine classes on {rows}{truth}")
+        learn = cfg.command("finetune.py", **{"finetune.labels": cfg.cluster.source})
+        stage.finish(learn, device=artifacts.cpu_name(), platform=platform.platform())
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def main(argv=None):
         backbone = runtime.place(models.load_backbone(cfg.model, dataset.train, path))
         for name, split in (("train", dataset.train), ("test", dataset.test)):
             write_features(stage, name, runtime, backbone, split, cfg.features.batch_size)
-        print(f"{stage.folder}: train {dataset.train.n:,} x {backbone.n_features}, test {dataset.test.n:,} x {backbone.n_features}")
+        sizes = ", ".join(f"{split.n:,} x {backbone.n_features}" for split in (dataset.train, dataset.test))
+        print(f"{stage.folder}: train, test {sizes}")
         stage.finish(cfg.command("uncertainty_filter.py"), **runtime.describe())
 
 

@@ -5,6 +5,8 @@ writes  finetune/<labels>/{fine_model.pt, model.pt, metrics.json, history.jsonl,
 usage   python finetune.py --config configs/digits.yaml finetune.labels=umap_hdbscan finetune.head=stack
 """
 
+import copy
+
 from utils.config import command_line, parse_config
 from utils.stages import open_stage
 
@@ -69,14 +71,16 @@ def main(argv=None):
         pseudo = task.load_labels(cfg.finetune.labels)
         network, fine = fine_phase(cfg, task, pseudo)
         stage.save_torch("fine_model.pt", fine.state)
-        test_fine = task.score_fine(network)
+        fine_network = copy.deepcopy(network)  # scored on the test set at the end, with the coarse one
         network, coarse = coarse_phase(cfg, task, network, fine.images_seen)
         stage.save_torch("model.pt", coarse.state)
         task.report(
             network, coarse.images_seen, {"fine": fine.best_epoch, "coarse": coarse.best_epoch}, pseudo=pseudo,
-            test_fine=test_fine, labels=cfg.finetune.labels,
+            test_fine=task.score_fine(fine_network), labels=cfg.finetune.labels,
         )  # fmt: skip
-        stage.finish(cfg.command("multihead.py"), **task.runtime.describe())
+        stage.finish(
+            cfg.command("multihead.py", **{"multihead.labels": cfg.finetune.labels}), **task.runtime.describe()
+        )
 
 
 if __name__ == "__main__":

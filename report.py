@@ -5,6 +5,7 @@ writes  runs/<name>/report/     table.md .tex .csv, runs.csv, summary.json, figu
 usage   python report.py --config configs/digits.yaml      (seconds; the tables need no data set, the galleries do)
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def main(argv=None):
     if not has_truth:
         score_discovered_groups(runs, dataset, cfg.reproduce.labels)
     summary = summarize(cfg, runs)
-    notes = [*missing_notes(cfg, runs, summary, has_truth), *reading_notes(summary), *warning_notes(runs, summary)]
+    notes = [*missing_notes(cfg, runs, summary, has_truth), *reading_notes(summary), *warning_notes(cfg, runs, summary)]
 
     report_dir = cfg.dataset_dir / "report"
     figures, figure_notes = write_figures(report_dir / "figures", cfg, runs, summary, dataset)
@@ -94,7 +95,7 @@ def summarize(cfg: Config, runs: list[dict]) -> dict:
         "clusters": results.summarize_clusters(runs, cfg.reproduce.labels),
         "seconds": results.stage_seconds(runs),
         "provenance": results.provenance(runs),
-        "command": cfg.command("reproduce.py"),
+        "command": shlex.join(["python", *cfg.arguments("reproduce.py")]),
     }
 
 
@@ -181,7 +182,7 @@ def side_notes(differences: dict[str, dict], baseline: str, show: bool = False) 
     return [f"{side} {baseline} (95 % interval of accuracy): {join(names)}." for side, names in sides.items() if names]
 
 
-def warning_notes(runs: list[dict], summary: dict) -> list[str]:
+def warning_notes(cfg: Config, runs: list[dict], summary: dict) -> list[str]:
     """Whatever makes the seeds of one table unequal, and what the clustering complained about."""
     origin = summary["provenance"]
     notes = []
@@ -191,8 +192,15 @@ def warning_notes(runs: list[dict], summary: dict) -> list[str]:
         notes.append("WARNING: some runs were made from a working tree with uncommitted changes.")
     if len(origin["data_signatures"]) > 1:
         notes.append("WARNING: the runs read differing data files.")
+    for what in ("device", "precision"):
+        if ", " in (found := origin[f"learners_{what}"]):
+            notes.append(f"WARNING: the learners were trained with differing {what}: {found}.")
     for folder, keys in results.setting_differences(runs).items():
         notes.append(f"WARNING: {folder} was made with differing settings between seeds: {join(keys)}.")
+    for key, values in results.other_settings(runs, cfg).items():
+        notes.append(
+            f"WARNING: made with {key} = {values}, not as this command's configuration says; give it that too."
+        )
     for run in runs:
         for folder, path in results.stale_inputs(run):
             notes.append(
@@ -344,7 +352,7 @@ def found_figures(seed_dir: Path, source: str, found: dict, dataset) -> dict:
 def uncertainty_figure(cfg: Config, run: dict, dataset):
     """The histogram over training rows; None where no file tells the rows' coarse classes."""
     from utils import figures
-    from utils.data import validation_mask
+    from utils.splits import validation_mask
 
     source = next(iter(run["labels"]), None)
     if dataset is None and source is None:

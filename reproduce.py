@@ -1,8 +1,8 @@
 """Run all stages for every seed, with the budget-matched baseline and the controls, then report.
 
-Per seed: coarse, features, uncertainty, the labels of each source in reproduce.labels, FN and MH (each of reproduce.alphas)
-on each, and coarse training for as many images as FN saw. What is done is skipped; an interrupted run goes on where it was.
---force redoes the stages whose settings or inputs have changed.
+Per seed: coarse, features, uncertainty, the labels of each source in reproduce.labels, FN and MH (each of
+reproduce.alphas) on each, and coarse training for as many images as FN saw. What is done is skipped; an interrupted run
+goes on where it was. --force redoes the stages whose settings or inputs have changed.
 
 reads   the data set
 writes  runs/<name>/seed<seed>/..., runs/<name>/report/
@@ -16,6 +16,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,19 +72,24 @@ def usable_sources(cfg: Config) -> list[str]:
     """reproduce.labels without `oracle` where no truth is known.  Raises UserError for labels that nobody can make."""
     sources = list(dict.fromkeys(cfg.reproduce.labels))
     for source in sources:
-        missing = [seed for seed in cfg.seeds if not (cfg.dataset_dir / f"seed{seed}/labels/{source}/manifest.json").is_file()]
+        manifest = f"labels/{source}/manifest.json"
+        missing = [seed for seed in cfg.seeds if not (cfg.dataset_dir / f"seed{seed}" / manifest).is_file()]
         if source not in CLUSTER_METHODS and missing:
-            raise UserError(f"reproduce.labels: {source} is no cluster.method and seeds {missing} have no labels/{source} yet")
+            key = "reproduce.labels"
+            raise UserError(f"{key}: {source} is no cluster.method and seeds {missing} have no labels/{source} yet")
     if "random" in sources and not set(sources) - {"random", "oracle"}:
-        raise UserError("reproduce.labels: random shuffles discovered labels; name a discoverer beside it, such as umap_hdbscan")
+        raise UserError("reproduce.labels: random shuffles what a discoverer found; name one beside it (umap_hdbscan)")
     if "oracle" in sources and load_dataset(cfg.data, cfg.dataset_dir / "cache").train.fine_labels is None:
         print(f"{cfg.data.name} has no true fine labels: the oracle control is left out", file=sys.stderr)
         sources.remove("oracle")
+    if not sources:
+        raise UserError("reproduce.labels: nothing is left to learn from; name a discoverer such as umap_hdbscan")
     return sources
 
 
 def run_script(script: str, argv: list[str], log: Path) -> None:
     """What a job's process does: run the script as the shell would, its output going to `log`."""
+    threading.Thread(target=stop_with_parent, daemon=True).start()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -91,12 +97,19 @@ def run_script(script: str, argv: list[str], log: Path) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
+def stop_with_parent() -> None:
+    """Interrupt this process, so that it saves, when reproduce.py is killed: nobody would wait for it."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def processes() -> multiprocessing.context.BaseContext:
     """Where the system can fork: processes that start with the slow imports done, one process a stage all the same."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torchvision.models.resnet", "sklearn.metrics", "sklearn.datasets"])
+    slow = ["torch._dynamo", "torchvision.models.resnet", "sklearn.metrics", "sklearn.datasets"]
+    context.set_forkserver_preload(slow)
     return context
 
 
@@ -106,18 +119,21 @@ def run_job(context: multiprocessing.context.BaseContext, cfg: Config, job: Job,
     argv = [*config, *shared_overrides(cfg), *job.overrides, *(["--force"] if cfg.force else [])]
     script = str(ROOT / STAGES[job.stage].script)
     log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
     process = context.Process(target=run_script, args=(script, argv, log))
     process.start()
     try:
         process.join()
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
         with contextlib.suppress(ProcessLookupError):  # Ctrl-C in a terminal reaches the stage too; it may be gone
             os.kill(process.pid, signal.SIGINT)
         process.join()
         raise KeyboardInterrupt("the stage in hand has saved what it had") from None
     lines = log.read_text().splitlines()
     if process.exitcode:
-        print(f"\n{Path(script).name} {' '.join(argv)} failed; the end of {log}:", file=sys.stderr)
+        how = "failed" if process.exitcode > 0 else f"was killed by signal {-process.exitcode}"
+        print(f"\n{Path(script).name} {' '.join(argv)} {how}; the end of {log}:", file=sys.stderr)
         print("\n".join(lines[-30:]), file=sys.stderr)
         raise SystemExit(process.exitcode if process.exitcode > 0 else 1)
     return next((line.partition(": ")[2] for line in lines if line.startswith(f"{folder}: ")), "")
@@ -126,15 +142,19 @@ def run_job(context: multiprocessing.context.BaseContext, cfg: Config, job: Job,
 @command_line
 def main(argv=None):
     cfg = parse_config(__doc__, argv)
+    if cfg.coarse.match:
+        raise UserError("coarse.match: reproduce.py sets it where it is due; leave it out")
     sources = usable_sources(cfg)
     jobs = [job for seed in cfg.seeds for job in jobs_of_seed(cfg, seed, sources)]
+    print(f"{len(jobs)} stages; progress inside a stage: {cfg.dataset_dir}/logs/", file=sys.stderr)
     context, spent, n_run = processes(), 0.0, 0
     for number, job in enumerate(jobs, start=1):
         job_cfg = job.config(cfg)
         folder = STAGES[job.stage].folder(job_cfg)
         head = f"[{number:>{len(str(len(jobs)))}}/{len(jobs)}] seed {job_cfg.seed}  {folder:<32}"
+        print(head, end=" ", file=sys.stderr, flush=True)
         if is_finished(job_cfg, job.stage):
-            print(f"{head} done before", file=sys.stderr, flush=True)
+            print("done before", file=sys.stderr, flush=True)
             continue
         started = time.perf_counter()
         log = cfg.dataset_dir / "logs" / f"seed{job_cfg.seed}-{folder.replace('/', '-')}.log"
@@ -142,7 +162,7 @@ def main(argv=None):
         seconds = time.perf_counter() - started
         n_run, spent = n_run + 1, spent + seconds
         left = (len(jobs) - number) * spent / n_run / 60
-        print(f"{head} {seconds:6.1f} s, about {left:.0f} min left  {result}", file=sys.stderr, flush=True)
+        print(f"{seconds:6.1f} s, about {left:.0f} min left  {result}", file=sys.stderr, flush=True)
     config = ["--config", cfg.config_path] if cfg.config_path else []
     raise SystemExit(subprocess.run([sys.executable, str(ROOT / "report.py"), *config, *cfg.overrides]).returncode)
 

@@ -31,7 +31,7 @@ def main(argv=None):
         network.load_state_dict(fit.state)
         stage.save_torch("model.pt", fit.state)
         task.report(network, fit.images_seen, best_epoch={"coarse": fit.best_epoch})
-        stage.finish(cfg.command("extract_features.py"), **task.runtime.describe())
+        stage.finish(cfg.command("report.py" if cfg.coarse.match else "extract_features.py"), **task.runtime.describe())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,22 @@
 """Score every image's uncertainty from augmented views and keep the most certain of each coarse class.
 
 reads   coarse/model.pt
-writes  uncertainty/{scores.npy (N,), probs.npy (N, K_C), view_probs.npy (N, V, K_C), kept.npy (N,) bool, suspects.csv, metrics.json}
+writes  uncertainty/{scores.npy (N,), probs.npy (N, K_C), view_probs.npy (N, V, K_C), kept.npy (N,) bool,
+        suspects.csv, metrics.json}
 usage   python uncertainty_filter.py --config configs/digits.yaml filter.n_views=10 filter.score=entropy
 """
 
-from utils.config import command_line, parse_config
+from utils.config import UserError, command_line, parse_config
 from utils.stages import open_stage
+
+
+def check_views_differ(cfg, is_vector):
+    """Raise UserError where the score measures disagreement of views that are all the same."""
+    views = cfg.filter.views
+    vary = views.crop_padding or 0 < views.hflip_p < 1 or 0 < views.vflip_p < 1
+    if cfg.filter.score in ("mutual_information", "variation_ratio") and (is_vector or not vary):
+        why = "vectors have no augmented views" if is_vector else "filter.views changes nothing"
+        raise UserError(f"filter.score: {cfg.filter.score} needs views that differ, and {why}; use entropy or margin")
 
 
 def write_view_probs(cfg, stage, runtime, network, dataset):
@@ -56,10 +66,12 @@ def main(argv=None):
 
         runtime = training.pick_runtime(cfg)
         dataset = load_dataset(cfg.data, cfg.dataset_dir / "cache")
-        network = runtime.place(models.load_network(cfg.model, dataset.train, dataset.K_C, stage.input("coarse/model.pt")))
+        path = stage.input("coarse/model.pt")
+        check_views_differ(cfg, dataset.train.is_vector)
+        network = runtime.place(models.load_network(cfg.model, dataset.train, dataset.K_C, path))
         write_view_probs(cfg, stage, runtime, network, dataset)
 
-        view_probs = artifacts.load_array(stage.path("view_probs.npy"), dataset.train.n)
+        view_probs = artifacts.load_array(stage.folder / "view_probs.npy", dataset.train.n)
         labels = dataset.train.coarse_labels
         train_rows, val_rows = training.train_rows(cfg, dataset)
         scores = uncertainty.score_views(cfg.filter, view_probs, labels)
@@ -67,9 +79,8 @@ def main(argv=None):
         mean_probs = view_probs.mean(1)
         is_val = np.isin(np.arange(dataset.train.n), val_rows)
         suspects = suspect_rows(dataset, mean_probs, is_val, cfg.filter.suspect_min_prob)
-        threshold = {
-            name: float(scores[kept & (labels == k)].max()) for k, name in enumerate(dataset.coarse_names) if (kept & (labels == k)).any()
-        }
+        kept_scores = {name: scores[kept & (labels == k)] for k, name in enumerate(dataset.coarse_names)}
+        threshold = {name: float(of_class.max()) for name, of_class in kept_scores.items() if len(of_class)}
         accuracy = float((mean_probs.argmax(1) == labels)[train_rows].mean())
         stage.save_array("scores.npy", scores)
         stage.save_array("probs.npy", mean_probs)

@@ -11,13 +11,13 @@ for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-
 ROOT = Path(__file__).parents[1]
 STAGE_SCRIPTS = ["train_coarse", "extract_features", "uncertainty_filter", "cluster_fine", "finetune", "multihead"]
 SETTINGS = """
 data: {{name: arrays, root: {root}}}
 precision: fp32
 device: cpu
+threads: 1
 model: {{width: 4}}
 augment: crop_flip
 crop_flip: {{crop_padding: 1, hflip_p: 0}}
@@ -44,7 +44,11 @@ def planted_images(n_per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray,
         image[row : row + 2, :] += 120
         image[4:8, 1 + 4 * place : 3 + 4 * place] += 170
     order = rng.permutation(len(fine))
-    return images[order].clip(0, 255).astype(np.uint8), (fine // 3)[order].astype(np.int64), fine[order].astype(np.int64)
+    return (
+        images[order].clip(0, 255).astype(np.uint8),
+        (fine // 3)[order].astype(np.int64),
+        fine[order].astype(np.int64),
+    )
 
 
 def write_planted(root: Path, n_train: int = 60, n_test: int = 20) -> Path:

@@ -1,6 +1,8 @@
 """What the fault tests share: run a stage script as a user would and read what it says and what it leaves."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,13 @@ def error_of(capsys, script: str, *argv) -> str:
     assert stop.value.code == 2
     assert [line.startswith("error: ") for line in lines].count(True) == 1 and lines[-1].startswith("error: "), lines
     return lines[-1].removeprefix("error: ")
+
+
+def advised(said: str) -> tuple[str, list[str]]:
+    """The command that an error names between backticks, as a script's name and its arguments."""
+    python, script, *argv = shlex.split(re.search("`(.*)`", said)[1])
+    assert python == "python" and script.endswith(".py")
+    return script.removesuffix(".py"), argv
 
 
 def contents(folder: Path) -> dict[str, bytes]:

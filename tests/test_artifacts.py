@@ -131,7 +131,12 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     artifacts.save_torch(path, {"weights": torch.arange(1000.0), "epoch": 3})
     whole = path.read_bytes()
     damaged = [whole[:n] for n in (0, 1, 2, 100, len(whole) // 2, len(whole) - 1)]
-    damaged += [b"no checkpoint at all", b"\x00" * 1000, b"PK\x03\x04" + b"x" * 100, whole[:60] + b"\xff" * 80 + whole[140:]]
+    damaged += [
+        b"no checkpoint at all",
+        b"\x00" * 1000,
+        b"PK\x03\x04" + b"x" * 100,
+        whole[:60] + b"\xff" * 80 + whole[140:],
+    ]
     for content in damaged:
         path.write_bytes(content)
         said = message(artifacts.load_torch, path)
@@ -179,9 +184,13 @@ def test_outputs_are_described_by_hash_shape_and_dtype(tmp_path):
 def test_the_manifest_holds_what_a_reader_needs_to_make_it_again():
     cfg = load_config("", ("seed=3", "coarse.epochs=2"))
     how = {"device": "cpu", "threads": 1, "precision": "fp32", "data_signature": "d", "seconds": 1.5}
-    manifest = artifacts.make_manifest(cfg, "coarse", {"seed": 3}, {"a/b": "hash"}, {"model.pt": {"sha256": "h"}}, **how)
+    manifest = artifacts.make_manifest(
+        cfg, "coarse", {"seed": 3}, {"a/b": "hash"}, {"model.pt": {"sha256": "h"}}, **how
+    )
     assert json.loads(json.dumps(manifest)) == manifest
-    assert manifest.items() >= {"stage": "coarse", "settings": {"seed": 3}, "seed": 3, "inputs": {"a/b": "hash"}}.items()
+    assert (
+        manifest.items() >= {"stage": "coarse", "settings": {"seed": 3}, "seed": 3, "inputs": {"a/b": "hash"}}.items()
+    )
     assert manifest.items() >= how.items() and manifest["outputs"] == {"model.pt": {"sha256": "h"}}
     assert manifest["config"] == dataclasses.asdict(cfg) and manifest["config"]["coarse"]["epochs"] == 2
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]

@@ -44,7 +44,7 @@ def numpy_uniform(seed: int, rows: np.ndarray, n_draws: int) -> np.ndarray:
 
 
 def test_splitmix64_has_its_published_first_outputs():
-    """The generator's outputs for seed 0, as in the reference C code's test vectors: the slow reference is SplitMix64."""
+    """Its first outputs for seed 0, as other libraries' tests have them: the slow reference is SplitMix64."""
     golden = 0x9E3779B97F4A7C15
     outputs = [splitmix64(k * golden & MASK) for k in (1, 2, 3)]
     assert outputs == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]

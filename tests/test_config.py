@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, STAGE_SCRIPTS
 
 from utils import config
-from utils.config import Config, UserError, command_line, flatten, load_config, parse_config
+from utils.config import ClusterConfig, Config, UserError, command_line, flatten, load_config, parse_config
 
 HEAVY = ("torch", "torchvision", "umap", "hdbscan", "sklearn", "scipy", "matplotlib")
 GROUPS = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), f.name))]
@@ -51,15 +51,16 @@ BAD_OVERRIDES = {
     "coarse.epochs=1.5": "coarse.epochs: Value '1.5' of type 'float' could not be converted to Integer",
     "coarse.epochs=": "coarse.epochs: Incompatible value 'None' for field of type 'int'",
     "data.download=maybe": "data.download: Value 'maybe' is not a valid bool (type str)",
-    "cluster.min_cluster_size=few": "cluster.min_cluster_size: Value 'few' of type 'str' is incompatible with type hint "
-    "'Union[int, float]'",
+    "cluster.min_cluster_size=few": "cluster.min_cluster_size: Value 'few' of type 'str' is incompatible with type "
+    "hint 'Union[int, float]'",
     "coarse=3": "coarse: expected `name: value` entries, not 3",
     "filter.views=3": "filter.views: expected `name: value` entries, not 3",
     "filter=null": "filter: expected `name: value` entries, not None",
     "seeds=3": "seeds: expected a list such as [0], not 3",
     "reproduce.alphas=0.5": "reproduce.alphas: expected a list such as [0.1, 0.9], not 0.5",
     "data.coarse_map=3": "data.coarse_map: expected `name: value` entries, not 3",
-    "data.coarse_map={a: b}": "data.coarse_map.a: Value 'b' (str) is incompatible with type hint 'typing.List[typing.Any]'",
+    "data.coarse_map={a: b}": "data.coarse_map.a: Value 'b' (str) is incompatible with type hint "
+    "'typing.List[typing.Any]'",
     # bad choices
     "filter.score=entropi": "filter.score: 'entropi' is not one of signed_max_prob, entropy, mutual_information, "
     "variation_ratio, margin. Did you mean: 'entropy'?",
@@ -93,13 +94,14 @@ BAD_OVERRIDES = {
     "model.mlp=[]": "model.mlp: 0 is out of range; it must be at least 1",
     "cluster.k_min=20": "cluster.k_max: 10 is out of range; it must be at least 20",
     "cluster.min_cluster_size=1": "cluster.min_cluster_size: 1 is neither a count of 2 or more nor a fraction below 1",
-    "cluster.min_cluster_size=2.5": "cluster.min_cluster_size: 2.5 is neither a count of 2 or more nor a fraction below 1",
+    "cluster.min_cluster_size=2.5": "cluster.min_cluster_size: 2.5 is neither a count of 2 or more nor a fraction "
+    "below 1",
     "metrics.max_points=1": "metrics.max_points: 1 is out of range; it must be at least 10",
     # names that would leave the run folder
     "name=../elsewhere": "name: '../elsewhere' is not a folder name of letters, digits and . _ + -",
     "cluster.source=a b": "cluster.source: 'a b' is not a folder name of letters, digits and . _ + -",
     "finetune.labels=/tmp": "finetune.labels: '/tmp' is not a folder name of letters, digits and . _ + -",
-    "features.source=coarse/../..": "features.source: 'coarse/../..' is not a folder name of letters, digits and . _ + -",
+    "features.source=a/../..": "features.source: 'a/../..' is not a folder name of letters, digits and . _ + -",
     # no key=value
     "coarse.epochs": "coarse.epochs: expected key=value, for example coarse.epochs=30",
     "=3": "=3: expected key=value, for example coarse.epochs=30",
@@ -162,21 +164,42 @@ def test_a_mistake_is_one_line_and_exit_2_in_a_shell():
         assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
-@pytest.mark.parametrize("argv", ["seed=3 {c} coarse.epochs=5", "{c} seed=3 coarse.epochs=5", "seed=3 coarse.epochs=5 {c}"])
+@pytest.mark.parametrize(
+    "argv", ["seed=3 {c} coarse.epochs=5", "{c} seed=3 coarse.epochs=5", "seed=3 coarse.epochs=5 {c}"]
+)
 def test_settings_stand_on_either_side_of_config(yaml_file, argv):
     path = yaml_file("coarse: {epochs: 7, lr: 0.5}")
     cfg = parse_config("doc", argv.format(c=f"--config {path}").split())
     assert (cfg.seed, cfg.coarse.epochs, cfg.coarse.lr) == (3, 5, 0.5)
     assert cfg.overrides == ("seed=3", "coarse.epochs=5") and cfg.name == "mine" and not cfg.force
-    assert cfg.command("finetune.py", "seed=4") == f"python finetune.py --config {path} seed=3 coarse.epochs=5 seed=4"
+
+
+def test_the_command_for_another_script_keeps_the_settings_that_were_given(yaml_file):
+    path = yaml_file("coarse: {epochs: 7}")
+    cfg = parse_config("doc", ["--config", str(path), "seed=3", "seeds=[0,1]", "coarse.match=finetune/x"])
+    start = f"--config {path} seed=3 'seeds=[0,1]'"
+    assert cfg.command("report.py") == f"python report.py {start} coarse.match=finetune/x"
+    assert cfg.command("train_coarse.py", **{"coarse.match": ""}) == f"python train_coarse.py {start}"
+    assert cfg.command("multihead.py", **{"coarse.match": "", "multihead.alpha": "0.1"}) == (
+        f"python multihead.py {start} multihead.alpha=0.1"
+    )
+    assert (
+        cfg.command("multihead.py", **{"coarse.match": "", "multihead.alpha": "0.9"}) == f"python multihead.py {start}"
+    )
 
 
 def test_defaults_are_valid_and_every_key_is_in_the_help():
     cfg = load_config()
     assert cfg.name == "digits" and str(cfg.run_dir) == "runs/digits/seed0"
-    assert cfg == dataclasses.replace(Config(), name="digits")
+    assert cfg == dataclasses.replace(Config(), name="digits", cluster=ClusterConfig(source="umap_hdbscan"))
     listed = re.findall(r"^  ([\w.]+)=", config.settings_help(), re.MULTILINE)
     assert listed == list(flatten(dataclasses.asdict(Config())))
+
+
+def test_labels_go_to_a_folder_named_for_the_method_unless_it_is_named():
+    assert load_config().cluster.source == "umap_hdbscan"
+    assert load_config("", ("cluster.method=oracle",)).cluster.source == "oracle"
+    assert load_config("", ("cluster.source=mine", "cluster.method=oracle")).cluster.source == "mine"
 
 
 def test_a_coarse_map_replaces_the_one_before_it(yaml_file):

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from utils import data
+from utils import data, image_folder, splits
 from utils.config import DataConfig, UserError, load_config
-from utils.data import data_signature, limit_rows, load_dataset, read_coarse_map, read_idx, validation_mask
+from utils.data import data_signature, load_dataset, read_idx
+from utils.splits import limit_rows, read_coarse_map, validation_mask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DIGIT_MAP = {"round": [0, 6, 8, 9], "straight": [1, 4, 7], "curved": [2, 3, 5]}
@@ -40,7 +41,7 @@ def error_of(call, *args, **kwargs) -> str:
     return str(caught.value)
 
 
-def check_split(split: data.Split, images: np.ndarray, fine: np.ndarray, fine_to_coarse: np.ndarray) -> None:
+def check_split(split: splits.Split, images: np.ndarray, fine: np.ndarray, fine_to_coarse: np.ndarray) -> None:
     assert split.inputs.dtype == np.uint8 and split.inputs.flags.c_contiguous
     np.testing.assert_array_equal(split.inputs, images)
     np.testing.assert_array_equal(split.fine_labels, fine)
@@ -456,47 +457,49 @@ def test_lossless_formats_come_back_exactly(tmp_path, suffix):
     array = np.stack([GREY] * 3, -1) if suffix == "gif" else RGB
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(GREY if suffix == "gif" else RGB).save(path, **({"lossless": True} if suffix == "webp" else {}))
-    np.testing.assert_array_equal(data.decode_image(path, 0), array)
+    np.testing.assert_array_equal(image_folder.decode_image(path, 0), array)
 
 
 @pytest.mark.filterwarnings("error")
 def test_every_pixel_kind_becomes_rgb(tmp_path):
     three = np.stack([GREY] * 3, -1)
-    np.testing.assert_array_equal(data.decode_image(save(tmp_path / "grey.png", GREY), 0), three)
+    np.testing.assert_array_equal(image_folder.decode_image(save(tmp_path / "grey.png", GREY), 0), three)
     rgba = np.dstack([RGB, GREY])
-    np.testing.assert_array_equal(data.decode_image(save(tmp_path / "rgba.png", rgba), 0), RGB)
+    np.testing.assert_array_equal(image_folder.decode_image(save(tmp_path / "rgba.png", rgba), 0), RGB)
     grey_alpha = np.dstack([GREY, GREY])
-    np.testing.assert_array_equal(data.decode_image(save(tmp_path / "la.png", grey_alpha), 0), three)
+    np.testing.assert_array_equal(image_folder.decode_image(save(tmp_path / "la.png", grey_alpha), 0), three)
     palette = Image.fromarray(RGB).quantize(256)
     palette.save(tmp_path / "palette.png", transparency=bytes(range(64)))
-    np.testing.assert_array_equal(data.decode_image(tmp_path / "palette.png", 0), np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(
+        image_folder.decode_image(tmp_path / "palette.png", 0), np.asarray(palette.convert("RGB"))
+    )
     Image.fromarray(GREY > 127).save(tmp_path / "bits.png")
-    np.testing.assert_array_equal(data.decode_image(tmp_path / "bits.png", 0), np.where(three > 127, 255, 0))
+    np.testing.assert_array_equal(image_folder.decode_image(tmp_path / "bits.png", 0), np.where(three > 127, 255, 0))
     cmyk = Image.fromarray(RGB).convert("CMYK")
     cmyk.save(tmp_path / "cmyk.tif")
-    np.testing.assert_array_equal(data.decode_image(tmp_path / "cmyk.tif", 0), np.asarray(cmyk.convert("RGB")))
+    np.testing.assert_array_equal(image_folder.decode_image(tmp_path / "cmyk.tif", 0), np.asarray(cmyk.convert("RGB")))
     cmyk.save(tmp_path / "cmyk.jpg")
-    assert data.decode_image(tmp_path / "cmyk.jpg", 0).shape == RGB.shape
+    assert image_folder.decode_image(tmp_path / "cmyk.jpg", 0).shape == RGB.shape
     flat = np.full((8, 8, 3), [200, 100, 50], np.uint8)
-    assert np.abs(data.decode_image(save(tmp_path / "x.jpg", flat), 0).astype(int) - flat).max() < 4
+    assert np.abs(image_folder.decode_image(save(tmp_path / "x.jpg", flat), 0).astype(int) - flat).max() < 4
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
     deep = np.array([[0, 128, 129, 257], [32768, 65535, 65406, 65407]], np.uint16)
-    found = data.decode_image(save(tmp_path / f"deep.{suffix}", deep), 0)
+    found = image_folder.decode_image(save(tmp_path / f"deep.{suffix}", deep), 0)
     np.testing.assert_array_equal(found[..., 0], [[0, 0, 1, 1], [128, 255, 254, 255]])
     eight = save(tmp_path / f"eight.{suffix}", GREY.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(data.decode_image(eight, 0)[..., 2], GREY)
+    np.testing.assert_array_equal(image_folder.decode_image(eight, 0)[..., 2], GREY)
     np.testing.assert_array_equal(
-        data.decode_image(save(tmp_path / "i.tif", GREY.astype(np.int32) * 257), 0)[..., 1], GREY
+        image_folder.decode_image(save(tmp_path / "i.tif", GREY.astype(np.int32) * 257), 0)[..., 1], GREY
     )
 
 
 def test_pixels_of_unknown_range_are_refused(tmp_path):
-    assert "floating-point" in data.decode_image(save(tmp_path / "f.tif", GREY.astype(np.float32)), 0)
-    assert "beyond 16 bits" in data.decode_image(save(tmp_path / "i.tif", np.array([[70000]], np.int32)), 0)
+    assert "floating-point" in image_folder.decode_image(save(tmp_path / "f.tif", GREY.astype(np.float32)), 0)
+    assert "beyond 16 bits" in image_folder.decode_image(save(tmp_path / "i.tif", np.array([[70000]], np.int32)), 0)
 
 
 def test_exif_orientation_is_respected(tmp_path):
@@ -504,20 +507,20 @@ def test_exif_orientation_is_respected(tmp_path):
     exif[0x0112] = 6  # turn by 90 degrees clockwise to view
     wide = RGB[:4]
     path = save(tmp_path / "x.png", wide, exif=exif)
-    np.testing.assert_array_equal(data.decode_image(path, 0), np.rot90(wide, -1))
+    np.testing.assert_array_equal(image_folder.decode_image(path, 0), np.rot90(wide, -1))
 
 
 def test_image_size_resizes_the_short_side_and_cuts_the_centre(tmp_path):
     for shape, box in (((16, 48, 3), (8, 0, 16, 8)), ((48, 16, 3), (0, 8, 8, 16))):
         array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         resized = Image.fromarray(array).resize((shape[1] // 2, shape[0] // 2), Image.Resampling.BILINEAR)
-        np.testing.assert_array_equal(data.decode_image(save(tmp_path / "x.png", array), 8), resized.crop(box))
+        np.testing.assert_array_equal(image_folder.decode_image(save(tmp_path / "x.png", array), 8), resized.crop(box))
     stripes = np.zeros((32, 32, 3), np.uint8)
     stripes[::2] = 255  # antialiasing averages what plain bilinear sampling at stride 4 would miss
-    inner = data.decode_image(save(tmp_path / "y.png", stripes), 8)[1:-1]
+    inner = image_folder.decode_image(save(tmp_path / "y.png", stripes), 8)[1:-1]
     assert np.abs(inner.astype(int) - 127).max() < 12
-    assert data.decode_image(save(tmp_path / "z.png", RGB), 20).shape == (20, 20, 3)
-    np.testing.assert_array_equal(data.decode_image(save(tmp_path / "w.png", RGB), 8), RGB)
+    assert image_folder.decode_image(save(tmp_path / "z.png", RGB), 20).shape == (20, 20, 3)
+    np.testing.assert_array_equal(image_folder.decode_image(save(tmp_path / "w.png", RGB), 8), RGB)
 
 
 def test_images_of_different_sizes(tmp_path):
@@ -581,7 +584,7 @@ def test_decoded_images_are_cached_and_memory_mapped(tmp_path, monkeypatch):
     make_data.write_images(root, make_data.folder_names(["cat", "dog"], 10))
     cfg = config("imagefolder", root)
     in_memory, first = load_dataset(cfg), load_dataset(cfg, cache)
-    monkeypatch.setattr(data, "decode_image", None)  # a second decode would fail
+    monkeypatch.setattr(image_folder, "decode_image", None)  # a second decode would fail
     again = load_dataset(cfg, cache)
     for part in ("train", "test"):
         found = getattr(again, part).inputs
@@ -606,7 +609,7 @@ def test_a_killed_decode_leaves_no_cache(tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "decode_image", killed)
+    monkeypatch.setattr(image_folder, "decode_image", killed)
     with pytest.raises(KeyboardInterrupt):
         load_dataset(config("imagefolder", root), cache)
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]

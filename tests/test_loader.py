@@ -6,7 +6,7 @@ import torch
 
 from utils import augment, loader
 from utils.config import Config, CropFlipConfig, FilterConfig, TrainConfig, ViewsConfig
-from utils.data import Split
+from utils.splits import Split
 
 CPU = torch.device("cpu")
 
@@ -150,7 +150,10 @@ def test_inputs_are_channels_last_in_memory():
 @pytest.mark.parametrize("kind", ["images", "grey", "vectors"])
 def test_resident_and_memory_mapped_inputs_give_the_same_batches(kind, tmp_path, monkeypatch, capsys):
     path = tmp_path / "x.npy"
-    np.save(path, vector_split().inputs if kind == "vectors" else image_split(shape=(7, 5, 1 if kind == "grey" else 3)).inputs)
+    np.save(
+        path,
+        vector_split().inputs if kind == "vectors" else image_split(shape=(7, 5, 1 if kind == "grey" else 3)).inputs,
+    )
     split = split_of(np.load(path, mmap_mode="r"))
     resident = loader.Inputs(split, CPU)
     monkeypatch.setattr(loader, "RESIDENT_SHARE", 0)

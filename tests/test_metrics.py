@@ -120,7 +120,9 @@ def test_quality_report_rows():
     assert report["kept"]["n"] == 5 and report["kept"]["ari"] == 1.0 and "per_class" not in report["kept"]
     assert report["all"]["n"] == 6 and report["all"]["hungarian"] == pytest.approx(5 / 6)
     assert {name: q["n"] for name, q in report["per_class"].items()} == {"a": 3, "b": 2}
-    empty = {"kept": None, "all": None, "per_class": {}}
+    assert {name: q["n"] for name, q in report["per_class_all"].items()} == {"a": 4, "b": 2}
+    assert report["per_class_all"]["a"]["hungarian"] == pytest.approx(3 / 4)
+    empty = {"kept": None, "all": None, "per_class": {}, "per_class_all": {}}
     assert metrics.quality_report(None, pseudo, coarse, ["a", "b"], kept, train) == empty
 
 

@@ -1,7 +1,7 @@
 """Files that stages exchange: whole or not at all, with a manifest that says how they were made.
 
-A file is written under a temporary name in its own folder, flushed, then moved over the old one. `manifest.json` comes last,
-so "the manifest is there and its hashes match" means "the stage is done".
+A file is written under a temporary name in its own folder, flushed, then moved over the old one. `manifest.json` comes
+last, so "the manifest is there and its hashes match" means "the stage is done".
 """
 
 import contextlib
@@ -74,7 +74,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def streamed_array(path: Path, shape: tuple[int, ...], dtype: Any) -> Iterator[np.ndarray]:
-    """A memory-mapped array to fill piece by piece, so that memory does not grow with it; appears at `path` when full."""
+    """A memory-mapped array to fill piece by piece, so that memory does not grow with it; it is at `path` when full."""
     with replacing(path) as temporary:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.dtype(dtype), shape=shape)
         yield array
@@ -96,12 +96,15 @@ def load_torch(path: Path) -> Any:
 
     import torch
 
-    content = io.BytesIO(path.read_bytes())  # from here on an error is the content's, OSError included
+    of_content = (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+    content = io.BytesIO(path.read_bytes())  # from here on OSError too is about what the file holds
     try:
         return torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError, TypeError, AttributeError) as error:
+    except (*of_content, EOFError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: damaged, or not a plain checkpoint ({reason}); --force starts its stage anew") from None
+        raise UserError(
+            f"{path}: damaged, or not a plain checkpoint ({reason}); --force starts its stage anew"
+        ) from None
 
 
 def load_array(path: Path, rows: int | None = None, mmap: bool = False) -> np.ndarray:
@@ -116,7 +119,9 @@ def load_array(path: Path, rows: int | None = None, mmap: bool = False) -> np.nd
         raise UserError(f"{path}: not a readable .npy file ({error}); run the stage that wrote it again") from None
     if rows is not None and (array.ndim == 0 or len(array) != rows):
         found = len(array) if array.ndim else "no"
-        raise UserError(f"{path}: {found} rows, but the data set has {rows}; run the stage that wrote it again with --force")
+        raise UserError(
+            f"{path}: {found} rows, but the data set has {rows}; run the stage that wrote it again with --force"
+        )
     return array
 
 

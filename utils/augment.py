@@ -1,7 +1,7 @@
 """Batched, per-sample augmentation whose every draw is a pure function of integers.
 
-A draw is a hash of (seed, purpose, epoch, position) or (seed, purpose, row, view), not the state of a generator. So batch
-size, device, number of processes and a resumed run never change what happens to an image.
+A draw is a hash of (seed, purpose, epoch, position) or (seed, purpose, row, view), not the state of a generator. So
+batch size, device, number of processes and a resumed run never change what happens to an image.
 """
 
 import torch
@@ -45,7 +45,8 @@ def uniform(*counters: int | Tensor, n_draws: int, device: torch.device | str = 
 def crop_flip(images: Tensor, draws: Tensor, settings: CropFlipConfig) -> Tensor:
     """Random crop after padding with black, then random flips, each image on its own.
 
-    images: (B, C, H, W) of any dtype.  draws: (B, 4) uniform in [0, 1): crop row, crop column, horizontal, vertical flip.
+    images: (B, C, H, W) of any dtype.  draws: (B, 4) uniform in [0, 1): crop row, crop column, horizontal flip,
+    vertical flip.
     Returns (B, C, H, W) of the same dtype.
     """
     padding = settings.crop_padding

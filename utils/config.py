@@ -1,7 +1,7 @@
 """Every setting of coarse2fine: its type, default, unit and meaning, and how it is read.
 
-A stage calls `parse_config(__doc__, argv)`. Defaults are the dataclasses below; a YAML file (`--config`) holds only what
-differs; `key=value` on the command line wins. Nothing heavy is imported here, so that `--help` answers at once.
+A stage calls `parse_config(__doc__, argv)`. Defaults are the dataclasses below; a YAML file (`--config`) holds only
+what differs; `key=value` on the command line wins. Nothing heavy is imported here, so that `--help` answers at once.
 """
 
 import argparse
@@ -10,6 +10,8 @@ import difflib
 import functools
 import math
 import re
+import shlex
+import shutil
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -41,7 +43,7 @@ def check_choice(key: str, value: str, choices: list[str]) -> None:
 
 
 def check_range(key: str, value: float, low: float | None = None, high: float | None = None, open_low: bool = False):
-    """Raise UserError unless low <= value <= high (low < value with `open_low`); None = no bound; NaN and inf never pass."""
+    """Raise UserError unless value is finite, low <= value <= high (low < value with `open_low`); None = no bound."""
     above = low is None or (value > low if open_low else value >= low)
     if not (math.isfinite(value) and above and (high is None or value <= high)):
         bounds = [f"{'greater than' if open_low else 'at least'} {low}" if low is not None else "",
@@ -123,6 +125,10 @@ class CoarseConfig:
     def __post_init__(self):
         check_range("coarse.epochs", self.epochs, 1)
         check_range("coarse.lr", self.lr, 0, open_low=True)
+        if self.match and not re.match(r"(finetune|multihead)/", self.match):
+            raise UserError(f"coarse.match: '{self.match}' is no learner's folder such as finetune/umap_hdbscan")
+        if self.match:
+            check_name("coarse.match", self.match)
 
 
 @dataclass
@@ -187,8 +193,8 @@ class ClusterConfig:
 
     def __post_init__(self):
         check_choice("cluster.method", self.method, CLUSTER_METHODS)
-        self.source = self.source or self.method
-        check_name("cluster.source", self.source)
+        if self.source:  # load_config fills it in: here it would become the default's and outlive another method
+            check_name("cluster.source", self.source)
         check_name("cluster.random_of", self.random_of)
         check_range("cluster.n_neighbors", self.n_neighbors, 2)
         check_range("cluster.min_dist", self.min_dist, 0, 0.99)
@@ -196,9 +202,8 @@ class ClusterConfig:
         check_choice("cluster.metric", self.metric, ["euclidean", "cosine", "manhattan", "chebyshev", "correlation"])
         check_range("cluster.n_epochs", self.n_epochs, 0)
         if not (0 < self.min_cluster_size < 1 or (self.min_cluster_size >= 2 and self.min_cluster_size % 1 == 0)):
-            raise UserError(
-                f"cluster.min_cluster_size: {self.min_cluster_size} is neither a count of 2 or more nor a fraction below 1"
-            )
+            size = self.min_cluster_size
+            raise UserError(f"cluster.min_cluster_size: {size} is neither a count of 2 or more nor a fraction below 1")
         check_range("cluster.min_samples", self.min_samples, 0)
         check_choice("cluster.cluster_selection_method", self.cluster_selection_method, ["eom", "leaf"])
         check_range("cluster.cluster_selection_epsilon", self.cluster_selection_epsilon, 0)
@@ -315,10 +320,28 @@ class Config:
     def dataset_dir(self) -> Path:
         return Path(self.output_dir) / self.name
 
-    def command(self, script: str, *overrides: str) -> str:
-        """The shell command that runs `script` with this configuration, for messages that tell what to do next."""
+    def arguments(self, script: str, **settings: str) -> list[str]:
+        """What to give Python to run `script` with this configuration and `settings`.
+
+        settings: {dotted key: value} in place of this configuration's; an empty value is the default.
+        """
         config = ["--config", self.config_path] if self.config_path else []
-        return " ".join(["python", script, *config, *self.overrides, *overrides])
+        kept = [o for o in self.overrides if o.partition("=")[0] not in settings]
+        flat = flatten(dataclasses.asdict(load_config(self.config_path, tuple(kept))))
+        new = [f"{key}={value}" for key, value in settings.items() if value and str(flat[key]) != str(value)]
+        return [script, *config, *kept, *new]
+
+    def command(self, script: str, **settings: str) -> str:
+        """The shell command of `arguments`, for messages that say what to do next: it can be pasted."""
+        return shlex.join([interpreter(), *self.arguments(script, **settings)])
+
+
+def interpreter() -> str:
+    """What to type for this Python: `python`, or its path where it lies below this folder but is not on the PATH."""
+    executable = Path(sys.executable)
+    if executable.is_relative_to(Path.cwd()) and shutil.which("python") != str(executable):
+        return str(executable.relative_to(Path.cwd()))
+    return "python"
 
 
 def add_setting(cfg: Config, **how) -> Config:
@@ -359,6 +382,7 @@ def load_config(config_path: str = "", overrides: tuple[str, ...] = ()) -> Confi
         cfg = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise UserError(_config_error(error)) from None
+    cfg.cluster.source = cfg.cluster.source or cfg.cluster.method
     cfg.name = cfg.name or (Path(config_path).stem if config_path else cfg.data.name)
     check_name("name", cfg.name)
     return add_setting(cfg, config_path=config_path, overrides=tuple(overrides))
@@ -426,7 +450,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_config(doc: str, argv: list[str] | None = None) -> Config:
-    """Read the command line `--config FILE key=value ... [--force]`; `doc` is the script's docstring, shown by --help."""
+    """Read the command line `--config FILE key=value ... [--force]`; `doc` is the script's docstring, for --help."""
     parser = _Parser(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,

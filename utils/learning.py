@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from utils import artifacts, loader, metrics, models, training
 from utils.config import Config, UserError
-from utils.data import Dataset, load_dataset
+from utils.data import load_dataset
+from utils.splits import Dataset
 from utils.stages import OpenStage
 
 BACKBONE, COARSE_HEAD, FINE_HEAD = 0, 1, 2  # purposes of weight draws: all learners start from one backbone a seed
@@ -82,18 +83,33 @@ class Task:
         """Raises UserError where the arrays do not fit the data set or no training row has a label."""
         read = {
             name: artifacts.load_array(self.stage.input(f"labels/{source}/{name}.npy"), rows)
-            for name, rows in (("labels", self.dataset.train.n), ("test_labels", self.dataset.test.n), ("parents", None))
+            for name, rows in (
+                ("labels", self.dataset.train.n),
+                ("test_labels", self.dataset.test.n),
+                ("parents", None),
+            )
         }
-        labels, parents = read["labels"], read["parents"]
         folder = self.stage.cfg.run_dir / "labels" / source
+        for name, array in read.items():
+            if array.dtype != np.int64 or array.ndim != 1:
+                raise UserError(
+                    f"{folder}/{name}.npy: {array.dtype} of shape {array.shape}; it must be int64 of one dimension"
+                )
+        labels, parents = read["labels"], read["parents"]
         if labels.min() < -1 or labels.max() >= len(parents):
             raise UserError(f"{folder}/labels.npy: ids must lie in [-1, {len(parents)}), the length of parents.npy")
+        if len(parents) and (parents.min() < 0 or parents.max() >= self.dataset.K_C):
+            raise UserError(
+                f"{folder}/parents.npy: coarse ids must lie in [0, {self.dataset.K_C}), the number of coarse classes"
+            )
         labelled = labels >= 0
         if (parents[labels[labelled]] != self.dataset.train.coarse_labels[labelled]).any():
             raise UserError(f"{folder}: some rows' pseudo label has a parent other than their coarse label")
         rows = self.train_rows[labels[self.train_rows] >= 0]
         if not len(rows):
-            raise UserError(f"{folder}/labels.npy: no training row has a label (all are -1); cluster with other settings")
+            raise UserError(
+                f"{folder}/labels.npy: no training row has a label (all are -1); cluster with other settings"
+            )
         if len(rows) < 2:
             raise UserError(f"{folder}/labels.npy: one training row has a label; batch normalisation needs two")
         return PseudoLabels(labels, parents, read["test_labels"], rows)
@@ -110,10 +126,15 @@ class Task:
     ) -> None:
         """Read the test set once; write metrics.json and test_preds.npy and print the result."""
         test_labels = self.dataset.test.coarse_labels
-        probs = training.predict_probs(self.runtime, network, self.test_inputs(), np.arange(self.dataset.test.n), output)
+        probs = training.predict_probs(
+            self.runtime, network, self.test_inputs(), np.arange(self.dataset.test.n), output
+        )
         preds = probs.argmax(1).astype(np.int64)
         test = metrics.coarse_scores(test_labels, preds)
-        groups = {"worst_subclass_accuracy": self.dataset.test.fine_labels, "worst_discovered_accuracy": pseudo and pseudo.test_labels}
+        groups = {
+            "worst_subclass_accuracy": self.dataset.test.fine_labels,
+            "worst_discovered_accuracy": pseudo and pseudo.test_labels,
+        }
         for key, group in groups.items():
             test[key] = None if group is None else metrics.worst_group_accuracy(test_labels, preds, group)
         content = {
@@ -141,7 +162,7 @@ class Task:
 def open_task(cfg: Config, stage: OpenStage) -> Task:
     """Load data, split and checkpoint for a training stage and say what was found."""
     runtime = training.pick_runtime(cfg)
-    checkpoint = training.Checkpoint(stage)
+    checkpoint = training.Checkpoint(stage, runtime)
     dataset = load_dataset(cfg.data, cfg.dataset_dir / "cache")
     train_rows, val_rows = training.train_rows(cfg, dataset)
     if len(train_rows) < 2:

@@ -1,7 +1,7 @@
 """Images on their way from disk to the network.
 
-A set that fits lives on the compute device as uint8 and a batch is an index and a gather there, with no worker processes; a
-larger one stays in its memory map and rows are copied over as they are needed.
+A set that fits lives on the compute device as uint8 and a batch is an index and a gather there, with no worker
+processes; a larger one stays in its memory map and rows are copied over as they are needed.
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from utils import augment
 from utils.config import Config
-from utils.data import Split
+from utils.splits import Split
 
 RESIDENT_SHARE = 0.4  # of the free memory that a set may take to live on the device
 
@@ -41,7 +41,10 @@ class Inputs:
             self.resident = torch.from_numpy(np.array(self.array)).to(device)
         else:
             gigabytes = self.array.nbytes / 1e9
-            print(f"loader: {gigabytes:.1f} GB of images do not fit on {device}; rows are copied a batch at a time", file=sys.stderr)
+            print(
+                f"loader: {gigabytes:.1f} GB of images do not fit on {device}; rows are copied a batch at a time",
+                file=sys.stderr,
+            )
 
     def __len__(self) -> int:
         return len(self.array)
@@ -63,7 +66,7 @@ def steps_in_epoch(n_rows: int, batch_size: int) -> int:
 def epoch_rows(rows: np.ndarray, seed: int, epoch: int, batch_size: int) -> np.ndarray:
     """The epoch's batches as (n_steps, B) rows in an order that depends on (seed, epoch) alone.
 
-    The remainder that does not fill a batch is left out; the order is new in each epoch, so over the epochs all rows are seen.
+    The remainder that does not fill a batch is left out; each epoch's order is new, so in time all rows are seen.
     """
     order = np.random.default_rng([seed, augment.TRAIN, epoch]).permutation(len(rows))
     size = min(batch_size, len(rows))
@@ -72,7 +75,7 @@ def epoch_rows(rows: np.ndarray, seed: int, epoch: int, batch_size: int) -> np.n
 
 
 def training_batches(cfg: Config, inputs: Inputs, rows: np.ndarray, epoch: int, first_step: int = 0) -> Iterator[tuple]:
-    """Yield (rows (B,) int64, inputs (B, ...)) of one epoch from `first_step` on, augmented as the configuration says."""
+    """Yield (rows (B,) int64, inputs (B, ...)) of one epoch from `first_step` on, augmented as `cfg.augment` says."""
     batches = epoch_rows(rows, cfg.seed, epoch, cfg.train.batch_size)
     for step in range(first_step, len(batches)):
         batch = inputs.take(batches[step])

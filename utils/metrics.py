@@ -120,19 +120,20 @@ def quality_report(
     kept: np.ndarray,
     train_rows: np.ndarray,
 ) -> dict:
-    """The content of labels/<source>/metrics.json: {'kept': {...}, 'all': {...}, 'per_class': {coarse name: {...}}}.
+    """The content of labels/<source>/metrics.json: {'kept', 'all', 'per_class', 'per_class_all'}.
 
     All arrays are (N,).  'kept' scores the rows with `kept`; 'all' the rows with `train_rows`, which holds no
-    validation row, as those are never labelled; 'per_class' the kept rows of each coarse class.  In all of them the
-    rows without a pseudo label are one class of their own, so leaving rows unlabelled costs score.  Without truth:
-    None, None, {}.
+    validation row, as those are never labelled; 'per_class' and 'per_class_all' are {coarse name: scores} over the same
+    two sets of rows.  In all of them the rows without a pseudo label are one class of their own, so leaving rows
+    unlabelled costs score.  Without truth: None, None, {}, {}.
     """
     if true_fine is None:
-        return {"kept": None, "all": None, "per_class": {}}
-    on_kept = cluster_quality(true_fine[kept], pseudo[kept], coarse_labels[kept], coarse_names)
-    per_class = on_kept.pop("per_class")
-    on_all = cluster_quality(true_fine[train_rows], pseudo[train_rows])
-    return {"kept": on_kept, "all": on_all, "per_class": per_class}
+        return {"kept": None, "all": None, "per_class": {}, "per_class_all": {}}
+    on_kept, on_all = (
+        cluster_quality(true_fine[rows], pseudo[rows], coarse_labels[rows], coarse_names) for rows in (kept, train_rows)
+    )
+    per_class, per_class_all = on_kept.pop("per_class"), on_all.pop("per_class")
+    return {"kept": on_kept, "all": on_all, "per_class": per_class, "per_class_all": per_class_all}
 
 
 def embedding_scores(embedding: np.ndarray, labels: np.ndarray, max_points: int, seed: int) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from utils import artifacts
 from utils.config import ModelConfig, UserError
-from utils.data import Split
+from utils.splits import Split
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL_SIDE = 64  # pixels; up to here the stem is 3x3 with stride 1 and no max-pool
@@ -33,7 +33,7 @@ def input_statistics(split: Split, rows: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 class Normalise(nn.Module):
-    """uint8 images to zero mean and unit variance (or float vectors likewise); the statistics travel in the state_dict."""
+    """uint8 images (or float vectors) to zero mean and unit variance; the statistics travel in the state_dict."""
 
     def __init__(self, mean: np.ndarray, std: np.ndarray):
         super().__init__()
@@ -151,15 +151,22 @@ def build_backbone(model: ModelConfig, split: Split, train_rows: np.ndarray) -> 
 
 def load_imagenet_weights(backbone: ResNet18) -> None:
     """Copy torchvision's ImageNet weights into every parameter of the same shape: all but a replaced stem."""
-    import urllib.error
+    import pickle
+    import struct
 
     from torchvision.models import ResNet18_Weights
 
+    folder = f"{torch.hub.get_dir()}/checkpoints"
     try:
-        weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
-    except (urllib.error.URLError, OSError) as error:
-        folder = f"{torch.hub.get_dir()}/checkpoints"
-        raise UserError(f"model.pretrained: the weights could not be downloaded ({error}); put the file into {folder}") from None
+        weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:  # URLError is one
+        raise UserError(
+            f"model.pretrained: the weights could not be downloaded ({error}); put the file into {folder}"
+        ) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, struct.error):
+        raise UserError(
+            f"model.pretrained: the weights' file in {folder} is damaged; delete it to download it again"
+        ) from None
     own = backbone.state_dict()
     fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
     backbone.load_state_dict({**own, **fitting})

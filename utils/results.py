@@ -4,6 +4,7 @@ A run is `runs/<name>/seed<seed>/`; a stage folder in it counts as finished once
 any finished folder whose metrics.json has "stage" and "test", whatever its name, so that a new one needs no code here.
 """
 
+import dataclasses
 import json
 from itertools import combinations
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.artifacts import load_array, load_json
+from utils.config import Config, flatten
 
 COARSE, MATCHED = "coarse", "coarse_matched"
 CONTROLS = ("random", "oracle")  # cluster methods that discover nothing, in the order of the tables
@@ -245,12 +247,17 @@ def provenance(runs: list[dict]) -> dict:
         values = [m.get(keys[0]) if len(keys) == 1 else (m.get(keys[0]) or {}).get(keys[1]) for m in manifests]
         return sorted({str(v) for v in values if v is not None})
 
+    def of_learners(key):
+        made = [m for run in runs for folder, m in run["manifests"].items() if folder in run["learners"]]
+        return {str(m[key]) for m in made if m.get(key)}
+
     return {
         "commits": distinct("code", "commit"),
         "dirty": any((m.get("code") or {}).get("dirty") for m in manifests),
         "versions": {library: ", ".join(sorted(found)) for library, found in sorted(versions.items())},
         "device": ", ".join(distinct("device")),
         "precision": ", ".join(distinct("precision")),
+        **{f"learners_{key}": ", ".join(sorted(of_learners(key))) for key in ("device", "precision")},
         "data_signatures": distinct("data_signature"),
         "seeds": [run["seed"] for run in runs],
     }
@@ -266,6 +273,23 @@ def setting_differences(runs: list[dict]) -> dict[str, list[str]]:
         if differing:
             found[folder] = differing
     return found
+
+
+SET_BY_JOB = {  # a configuration has one value of these, the stages of a run have several
+    "seed", "coarse.match", "features.source", "cluster.method", "cluster.source", "cluster.random_of",
+    "finetune.labels", "multihead.labels", "multihead.alpha",
+}  # fmt: skip
+
+
+def other_settings(runs: list[dict], cfg: Config) -> dict[str, str]:
+    """{dotted setting: values that stages on disk were made with}, where one is not this configuration's."""
+    now = flatten(dataclasses.asdict(cfg))
+    found = {}
+    for manifest in (m for run in runs for m in run["manifests"].values()):
+        for key, value in (manifest.get("settings") or {}).items():
+            if key not in SET_BY_JOB and value != now.get(key):
+                found.setdefault(key, set()).add(str(value))
+    return {key: ", ".join(sorted(values)) for key, values in sorted(found.items())}
 
 
 def stale_inputs(run: dict) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ A script opens its stage, stops if it is finished, writes its files and closes w
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ SHARED_SETTINGS = ("seed", "data.", "model.")
 NEVER_COMPARED = ("data.root", "data.download", "features.batch_size", "filter.batch_size")
 TRAINING = ("seed", "data.", "model.", "augment", "crop_flip.", "train.", "precision")
 EMBEDDING = "normalize n_neighbors min_dist n_components metric n_epochs assign assign_k".split()
-HDBSCAN = "min_cluster_size min_samples cluster_selection_method cluster_selection_epsilon allow_single_cluster noise".split()
+HDBSCAN = """min_cluster_size min_samples cluster_selection_method cluster_selection_epsilon allow_single_cluster
+noise""".split()
 CHOOSE_K = "n_clusters k_min k_max".split()
 CLUSTER_SETTINGS = {
     "umap_hdbscan": [*EMBEDDING, *HDBSCAN],
@@ -131,21 +133,25 @@ def stage_settings(cfg: Config, spec: StageSpec) -> dict[str, Any]:
 def producer_command(cfg: Config, folder: str) -> str:
     """The command that writes the stage folder `folder`."""
     kind, _, source = folder.partition("/")
+    labels, _, alpha = source.rpartition("-alpha")
+    method = source if source in CLUSTER_METHODS else cfg.cluster.method
     commands = {
-        "coarse": ("train_coarse.py",),
-        "coarse_matched": ("train_coarse.py", f"coarse.match=finetune/{cfg.finetune.labels}"),
-        "features": ("extract_features.py",),
-        "uncertainty": ("uncertainty_filter.py",),
-        "labels": ("cluster_fine.py", f"cluster.{'method' if source in CLUSTER_METHODS else 'source'}={source}"),
-        "finetune": ("finetune.py", f"finetune.labels={source}"),
-        "multihead": ("multihead.py",),
+        "coarse": ("train_coarse.py", {"coarse.match": ""}),
+        "coarse_matched": ("train_coarse.py", {"coarse.match": cfg.coarse.match or f"finetune/{cfg.finetune.labels}"}),
+        "features": ("extract_features.py", {"features.source": source}),
+        "uncertainty": ("uncertainty_filter.py", {}),
+        "labels": ("cluster_fine.py", {"cluster.source": source, "cluster.method": method}),
+        "finetune": ("finetune.py", {"finetune.labels": source}),
+        "multihead": ("multihead.py", {"multihead.labels": labels, "multihead.alpha": alpha}),
     }
     if kind not in commands:
         return f"the program that writes {folder}"
-    return cfg.command(*commands[kind])
+    script, settings = commands[kind]
+    return cfg.command(script, **{"coarse.match": "", **settings})
 
 
-def _differences(old: dict, new: dict) -> list[str]:
+def differences(old: dict, new: dict) -> list[str]:
+    """In words, every key on which two flat dicts differ."""
     keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
     return [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in keys]
 
@@ -158,27 +164,64 @@ def check_input(cfg: Config, relative: str, signature: str) -> str:
     path = cfg.run_dir / relative
     folder = str(Path(relative).parent)
     manifest_path = path.with_name("manifest.json")
-    again = producer_command(cfg, folder)
+
+    def again() -> str:  # building it takes as long as all the checks
+        return producer_command(cfg, folder)
+
+    if not manifest_path.is_file() and folder.startswith("labels/"):
+        check_labels_exist(cfg, folder.removeprefix("labels/"))
     if not manifest_path.is_file():
         state = "unfinished" if path.parent.is_dir() else "missing"
-        raise UserError(f"{path} is {state}: run `{again}` first")
+        raise UserError(f"{path} is {state}: run `{again()}` first")
     manifest = artifacts.load_manifest(path.parent)
     if not path.is_file():
-        raise UserError(f"{path} is missing although {manifest_path} lists it: run `{again} --force`")
+        raise UserError(f"{path} is missing although {manifest_path} lists it: run `{again()} --force`")
     digest = artifacts.sha256(path)
     if manifest["outputs"].get(path.name, {}).get("sha256") != digest:
-        raise UserError(f"{path} is damaged or was edited (its hash is not the manifest's): run `{again} --force`")
+        raise UserError(f"{path} is damaged or was edited (its hash is not the manifest's): run `{again()} --force`")
+    for upstream, recorded in manifest["inputs"].items():  # first: the earliest stage at fault is the one to run again
+        if check_input(cfg, upstream, signature) != recorded:
+            raise UserError(f"{path.parent} is stale: {upstream} changed since it was made: run `{again()} --force`")
     known = {key: value for key, value in manifest["settings"].items() if key.startswith(SHARED_SETTINGS)}
     now = flatten(dataclasses.asdict(cfg))
-    differing = _differences(known, {key: now.get(key) for key in known})
+    differing = differences(known, {key: now.get(key) for key in known})
     if differing:
-        raise UserError(f"{path.parent} was made with other settings ({'; '.join(differing)}): run `{again} --force`")
+        raise UserError(f"{path.parent} was made with other settings ({'; '.join(differing)}): run `{again()} --force`")
     if manifest["data_signature"] != signature:
-        raise UserError(f"{path.parent} is stale: the data set's files changed since it was made: run `{again} --force`")
-    for upstream, recorded in manifest["inputs"].items():
-        if check_input(cfg, upstream, signature) != recorded:
-            raise UserError(f"{path.parent} is stale: {upstream} changed since it was made: run `{again} --force`")
+        raise UserError(
+            f"{path.parent} is stale: the data set's files changed since it was made: run `{again()} --force`"
+        )
+    note_other_settings(path.parent, manifest["settings"], now)
     return digest
+
+
+def check_labels_exist(cfg: Config, source: str) -> None:
+    """Raise UserError for labels that cluster_fine.py would not write: another name, another discoverer's."""
+    if source in (*CLUSTER_METHODS, cfg.cluster.source):
+        return
+    found = sorted(path.parent.name for path in (cfg.run_dir / "labels").glob("*/manifest.json"))
+    there = f"there are: {', '.join(found)}" if found else "there are none yet"
+    raise UserError(
+        f"{cfg.run_dir}/labels/{source} is missing; {there}; cluster_fine.py makes {', '.join(CLUSTER_METHODS)}"
+    )
+
+
+@functools.cache
+def _note_once(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+def note_other_settings(folder: Path, settings: dict, now: dict) -> None:
+    """Say once which of a producer's own settings differ from this configuration's; its results are used as they are.
+
+    Labels of another method or name than the configuration's are another thing, not the same thing made otherwise.
+    """
+    is_other = any(settings.get(key, now[key]) != now[key] for key in ("cluster.method", "cluster.source"))
+    compared = {key: value for key, value in settings.items() if key != "features.source"}
+    if is_other or settings.get("coarse.match"):
+        return
+    if differing := differences(compared, {key: now.get(key) for key in compared}):
+        _note_once(f"{folder} was made with other settings ({'; '.join(differing)}) and is used as it is")
 
 
 @dataclass
@@ -201,7 +244,11 @@ class OpenStage:
         return {"settings": self.settings, "inputs": self.inputs, "data_signature": self.signature}
 
     def path(self, name: str) -> Path:
-        """Where output `name` goes; it will be listed in the manifest."""
+        """Where output `name` is about to be written; it will be listed in the manifest.
+
+        From the first such call on an older result that --force redoes does not count as done any more.
+        """
+        (self.folder / "manifest.json").unlink(missing_ok=True)
         if name not in self.outputs:
             self.outputs.append(name)
         return self.folder / name
@@ -240,7 +287,7 @@ class OpenStage:
 def _why_not_done(folder: Path, settings: dict, inputs: dict, signature: str) -> str | None:
     """None where the manifest in `folder` fits; otherwise the one-line reason."""
     manifest = artifacts.load_manifest(folder)
-    differing = _differences(manifest["settings"], settings)
+    differing = differences(manifest["settings"], settings)
     if differing:
         return f"{folder} is already there with other settings ({'; '.join(differing)})"
     changed = [path for path, digest in inputs.items() if manifest["inputs"].get(path) != digest]
@@ -288,13 +335,12 @@ def open_stage(cfg: Config, name: str) -> Iterator[OpenStage]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"{folder} is in use by another process; wait for it or choose another name= or seed=") from None
+        raise UserError(
+            f"{folder} is in use by another process; wait for it or choose another name= or seed="
+        ) from None
     try:
         stage = OpenStage(cfg, spec, folder, settings, inputs, signature)
-        if cfg.force:
-            for stale in ("manifest.json", "checkpoint.pt"):
-                (folder / stale).unlink(missing_ok=True)
-        elif (folder / "manifest.json").is_file():
+        if (folder / "manifest.json").is_file() and not cfg.force:
             reason = _why_not_done(folder, settings, inputs, signature)
             if reason:
                 raise UserError(f"{reason}; --force redoes it")

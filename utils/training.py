@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from utils import artifacts, loader
 from utils.config import Config, UserError
-from utils.data import Dataset, validation_mask
 from utils.metrics import coarse_scores
-from utils.stages import OpenStage
+from utils.splits import Dataset, validation_mask
+from utils.stages import OpenStage, differences
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class Runtime:
         cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if cuda else artifacts.cpu_name()
         precision = "bf16" if self.bf16 else "fp32"
-        return {"device": name, "threads": torch.get_num_threads(), "precision": precision, "platform": platform.platform()}
+        return {
+            "device": name,
+            "threads": torch.get_num_threads(),
+            "precision": precision,
+            "platform": platform.platform(),
+        }
 
 
 def pick_runtime(cfg: Config) -> Runtime:
@@ -54,7 +59,9 @@ def pick_runtime(cfg: Config) -> Runtime:
     wanted = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wanted)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"device: {wanted} is not on this machine ({torch.cuda.device_count()} CUDA devices); use device=cpu")
+        raise UserError(
+            f"device: {wanted} is not on this machine ({torch.cuda.device_count()} CUDA devices); use device=cpu"
+        )
     if device.type == "cuda":
         hardware = torch.cuda.is_bf16_supported(including_emulation=False)
         torch.backends.cudnn.benchmark = True
@@ -72,38 +79,49 @@ def train_rows(cfg: Config, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Checkpoint:
-    """checkpoint.pt of an unfinished training stage: {fingerprint, phases: {name: state}}.
+    """checkpoint.pt of an unfinished training stage: {fingerprint, seconds, phases: {name: state}}.
 
-    Raises UserError on opening where it is damaged or belongs to other settings or inputs.
+    Raises UserError on opening where it is damaged or belongs to other settings, inputs or another precision; with
+    --force such a one is passed over, and one that fits is still gone on from: the bits are the same.
     """
 
-    def __init__(self, stage: OpenStage):
+    def __init__(self, stage: OpenStage, runtime: Runtime):
+        self.stage = stage
         self.path: Path = stage.folder / "checkpoint.pt"
-        self.history_path: Path = stage.path("history.jsonl")
-        self.fingerprint = stage.fingerprint
+        self.fingerprint = {**stage.fingerprint, "precision": "bf16" if runtime.bf16 else "fp32"}
         self.phases: dict[str, dict] = {}
         if not self.path.exists():
             return
+        try:
+            saved = self.read()
+        except UserError:
+            if stage.cfg.force:
+                return
+            raise
+        self.phases = saved["phases"]
+        stage.started -= saved["seconds"]  # the manifest's seconds count what was spent before
+
+    def read(self) -> dict:
         saved = artifacts.load_torch(self.path)
-        if not isinstance(saved, dict) or saved.keys() != {"fingerprint", "phases"}:
+        if not isinstance(saved, dict) or saved.keys() != {"fingerprint", "seconds", "phases"}:
             raise UserError(f"{self.path}: not a checkpoint of this program; --force starts the stage anew")
         if saved["fingerprint"] != self.fingerprint:
-            differing = [
-                key
-                for part, now in self.fingerprint.items()
-                for key in (now if isinstance(now, dict) else [part])
-                if (saved["fingerprint"][part].get(key) != now[key] if isinstance(now, dict) else saved["fingerprint"][part] != now)
-            ]
+            old, new = (
+                {**f["settings"], **f["inputs"], "data": f["data_signature"], "precision in use": f["precision"]}
+                for f in (saved["fingerprint"], self.fingerprint)
+            )
             raise UserError(
-                f"{self.path} is of an unfinished run with other {', '.join(differing)}; "
+                f"{self.path} is of an unfinished run made otherwise ({'; '.join(differences(old, new))}); "
                 "go on with the old settings, or --force starts anew"
             )
-        self.phases = saved["phases"]
+        return saved
 
     def save(self, phase: str, state: dict) -> None:
         self.phases[phase] = state
-        artifacts.save_torch(self.path, {"fingerprint": self.fingerprint, "phases": self.phases})
-        artifacts.save_jsonl(self.history_path, [line for p in self.phases.values() for line in p["history"]])
+        history_path = self.stage.path("history.jsonl")
+        seconds = time.time() - self.stage.started
+        artifacts.save_torch(self.path, {"fingerprint": self.fingerprint, "seconds": seconds, "phases": self.phases})
+        artifacts.save_jsonl(history_path, [line for p in self.phases.values() for line in p["history"]])
 
 
 class Interruption:
@@ -167,18 +185,20 @@ def fit(
 ) -> Fit:
     """Train by SGD with Nesterov momentum and a one-cycle rate; keep the weights of the best validation accuracy.
 
-    loss_of(network, batch, rows) -> scalar loss.  validate(network) -> {'accuracy', 'loss', ...}.  Among equal accuracies
-    the latest epoch wins: its learning rate was lower.  Goes on from `checkpoint` where that holds this phase.
+    loss_of(network, batch, rows) -> scalar loss.  validate(network) -> {'accuracy', 'loss', ...}.  Among equal
+    accuracies the latest epoch wins: its learning rate was lower.  Goes on from `checkpoint` where it holds this phase.
     Raises UserError on a non-finite loss, naming the step; KeyboardInterrupt after SIGINT, when all is saved.
     """
     runtime.place(network)
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
-        parameters, lr=phase.lr, momentum=cfg.train.momentum, nesterov=cfg.train.momentum > 0, weight_decay=cfg.train.weight_decay
+        parameters,
+        lr=phase.lr,
+        momentum=cfg.train.momentum,
+        nesterov=cfg.train.momentum > 0,
+        weight_decay=cfg.train.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, phase.lr, total_steps=phase.n_steps + 1, pct_start=cfg.train.warmup, cycle_momentum=False
-    )
+    schedule = one_cycle(optimizer, phase.lr, phase.n_steps, cfg.train.warmup)
     per_epoch = loader.steps_in_epoch(len(phase.rows), cfg.train.batch_size)
     batch_size = min(cfg.train.batch_size, len(phase.rows))
     n_epochs = -(-phase.n_steps // per_epoch)
@@ -246,6 +266,16 @@ def fit(
     return Fit(state["best"], state["best_epoch"], phase.images_before + phase.n_steps * batch_size)
 
 
+def one_cycle(
+    optimizer: torch.optim.Optimizer, lr: float, n_steps: int, warmup: float
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """From lr / 25 up to `lr` in the first `warmup` of the steps, then down to nearly 0, both along a cosine."""
+    total = n_steps + 1  # the rate that ends the cycle is too small to spend a step on
+    if warmup * total == 1:  # a rise of one step exactly: torch would divide by zero
+        warmup *= 1 - 1e-9
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=warmup, cycle_momentum=False)
+
+
 def check_finite(losses: list[float], steps_before: int, phase: Phase, epoch: int) -> None:
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
@@ -267,7 +297,12 @@ def report_epoch(line: dict, bar: tqdm) -> None:
 
 
 def predict(
-    runtime: Runtime, network: nn.Module, inputs: loader.Inputs, rows: np.ndarray, output=lambda y: y, batch_size: int = 512
+    runtime: Runtime,
+    network: nn.Module,
+    inputs: loader.Inputs,
+    rows: np.ndarray,
+    output=lambda y: y,
+    batch_size: int = 512,
 ) -> Iterator[Tensor]:
     """Yield output(network(batch)) as float32 on the device, in row order, eval mode, without augmentation."""
     network.eval()
@@ -278,7 +313,9 @@ def predict(
             yield output(y).float()
 
 
-def predict_probs(runtime: Runtime, network: nn.Module, inputs: loader.Inputs, rows: np.ndarray, output=lambda y: y) -> np.ndarray:
+def predict_probs(
+    runtime: Runtime, network: nn.Module, inputs: loader.Inputs, rows: np.ndarray, output=lambda y: y
+) -> np.ndarray:
     """(n, K) float32 softmax of the logits that `output` picks from the network's answer."""
     probs = [p.softmax(1).cpu() for p in predict(runtime, network, inputs, rows, output)]
     return torch.cat(probs).numpy()

@@ -16,10 +16,10 @@ def entropy(probs: np.ndarray) -> np.ndarray:
 
 
 def signed_max_prob(view_probs: np.ndarray, coarse_labels: np.ndarray) -> np.ndarray:
-    """U = 1 - p if the most likely class is the given label, else 1 + p, with p its probability averaged over the views.
+    """U = 1 - p if the most likely class is the given label, else 1 + p, where p is its mean probability over views.
 
-    view_probs: (N, V, K_C) float32.  coarse_labels: (N,) int64.  Returns (N,) float32 in [0, 2]: certain and right is 0,
-    certain and wrong is 2.  Source: the uncertainty-driven pipeline's equation for U.
+    view_probs: (N, V, K_C) float32.  coarse_labels: (N,) int64.  Returns (N,) float32 in [0, 2]: certain and right is
+    0, certain and wrong is 2.  Source: the uncertainty-driven pipeline's equation for U.
     """
     mean = view_probs.mean(1)
     predicted = mean.argmax(1)
@@ -33,7 +33,10 @@ def predictive_entropy(view_probs: np.ndarray) -> np.ndarray:
 
 
 def mutual_information(view_probs: np.ndarray) -> np.ndarray:
-    """Entropy of the mean minus mean entropy of the views (BALD, Houlsby et al. 2011), nats.  (N, V, K_C) -> (N,) float32."""
+    """Entropy of the mean minus mean entropy of the views, nats (BALD, Houlsby et al. 2011).
+
+    (N, V, K_C) -> (N,) float32.
+    """
     information = entropy(view_probs.mean(1)) - entropy(view_probs).mean(1)
     return np.maximum(information, 0).astype(np.float32)
 
@@ -72,7 +75,9 @@ def score_views(settings: FilterConfig, view_probs: np.ndarray, coarse_labels: n
     return by_name[settings.score](view_probs)
 
 
-def keep_most_certain(scores: np.ndarray, coarse_labels: np.ndarray, rows: np.ndarray, keep_fraction: float) -> np.ndarray:
+def keep_most_certain(
+    scores: np.ndarray, coarse_labels: np.ndarray, rows: np.ndarray, keep_fraction: float
+) -> np.ndarray:
     """Per coarse class the `keep_fraction` of `rows` with the smallest scores; ties go to the smaller row.
 
     scores: (N,).  rows: (n,) int64, the training rows.  Returns (N,) bool, False on all other rows.  A class keeps
@@ -88,7 +93,7 @@ def keep_most_certain(scores: np.ndarray, coarse_labels: np.ndarray, rows: np.nd
 
 
 def suspects(mean_probs: np.ndarray, coarse_labels: np.ndarray, min_prob: float) -> np.ndarray:
-    """Rows whose mean prediction contradicts the given label with at least `min_prob`, the most confident first: (m,) int64."""
+    """Rows whose mean prediction contradicts the label with at least `min_prob`, most confident first: (m,) int64."""
     predicted = mean_probs.argmax(1)
     p = mean_probs.max(1)
     rows = np.flatnonzero((predicted != coarse_labels) & (p >= min_prob))
