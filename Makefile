@@ -1,11 +1,14 @@
 # make run [CONFIG=configs/X.yaml] [SET="key=value ..."]   all stages and the result table
 # make test                                               lint, format check, all tests
+# make cov                                                the tests with line coverage
+# make results [CONFIG=...]                               make run, then its tables and figures into results/<name>/
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
 SET ?=
+NAME := $(basename $(notdir $(CONFIG)))
 PY := .venv/bin/python
 
-.PHONY: run test cov clean
+.PHONY: run test cov results clean
 
 run: .venv/installed
 	$(PY) reproduce.py --config $(CONFIG) $(SET)
@@ -14,6 +17,10 @@ test: .venv/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest
+
+results: run
+	mkdir -p results/$(NAME)
+	cd runs/$(NAME)/report && cp table.md table.tex table.csv runs.csv summary.json figures/differences.png figures/curves.png ../../../results/$(NAME)/
 
 cov: .venv/installed-dev
 	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered

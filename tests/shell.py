@@ -10,6 +10,7 @@ import pytest
 from conftest import run_stage
 
 from utils import artifacts
+from utils.config import interpreter
 
 
 def error_of(capsys, script: str, *argv) -> str:
@@ -26,7 +27,7 @@ def error_of(capsys, script: str, *argv) -> str:
 def advised(said: str) -> tuple[str, list[str]]:
     """The command that an error names between backticks, as a script's name and its arguments."""
     python, script, *argv = shlex.split(re.search("`(.*)`", said)[1])
-    assert python == "python" and script.endswith(".py")
+    assert python == interpreter() and script.endswith(".py")
     return script.removesuffix(".py"), argv
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, STAGE_SCRIPTS
 
 from utils import config
-from utils.config import ClusterConfig, Config, UserError, command_line, flatten, load_config, parse_config
+from utils.config import ClusterConfig, Config, UserError, command_line, flatten, interpreter, load_config, parse_config
 
 HEAVY = ("torch", "torchvision", "umap", "hdbscan", "sklearn", "scipy", "matplotlib")
 GROUPS = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), f.name))]
@@ -178,14 +178,24 @@ def test_the_command_for_another_script_keeps_the_settings_that_were_given(yaml_
     path = yaml_file("coarse: {epochs: 7}")
     cfg = parse_config("doc", ["--config", str(path), "seed=3", "seeds=[0,1]", "coarse.match=finetune/x"])
     start = f"--config {path} seed=3 'seeds=[0,1]'"
-    assert cfg.command("report.py") == f"python report.py {start} coarse.match=finetune/x"
-    assert cfg.command("train_coarse.py", **{"coarse.match": ""}) == f"python train_coarse.py {start}"
-    assert cfg.command("multihead.py", **{"coarse.match": "", "multihead.alpha": "0.1"}) == (
-        f"python multihead.py {start} multihead.alpha=0.1"
-    )
-    assert (
-        cfg.command("multihead.py", **{"coarse.match": "", "multihead.alpha": "0.9"}) == f"python multihead.py {start}"
-    )
+
+    def command(script, **settings):
+        python, rest = cfg.command(script, **settings).split(" ", 1)
+        assert python == interpreter()
+        return rest
+
+    assert command("report.py") == f"report.py {start} coarse.match=finetune/x"
+    assert command("train_coarse.py", **{"coarse.match": ""}) == f"train_coarse.py {start}"
+    learn = {"coarse.match": "", "multihead.alpha": "0.1"}
+    assert command("multihead.py", **learn) == f"multihead.py {start} multihead.alpha=0.1"
+    assert command("multihead.py", **learn | {"multihead.alpha": "0.9"}) == f"multihead.py {start}"
+
+
+def test_a_named_command_starts_with_what_runs_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    assert interpreter() == "python"
+    monkeypatch.chdir(tmp_path)
+    assert interpreter() == ".venv/bin/python"
 
 
 def test_defaults_are_valid_and_every_key_is_in_the_help():

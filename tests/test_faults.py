@@ -71,13 +71,13 @@ def assert_same_result(folder: Path, reference: Path) -> None:
 # Killed
 
 
-def run_and_die(script: str, argv: list[str], n: int) -> None:
-    """In a process of its own: SIGKILL at the n-th writing of checkpoint.pt, its new content lying beside the old."""
+def run_and_die(script: str, argv: list[str], n: int, name: str) -> None:
+    """In a process of its own: SIGKILL at the n-th writing of file `name`, its new content lying beside the old."""
     replace, written = os.replace, []
 
     def replace_or_die(source, target):
         written.append(Path(target).name)
-        if written.count("checkpoint.pt") == n:
+        if written.count(name) == n:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
 
@@ -86,25 +86,27 @@ def run_and_die(script: str, argv: list[str], n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "n", "saved"),
+    ("script", "name", "n", "saved"),
     [
-        ("train_coarse", 1, {}),
-        ("train_coarse", 4, {"coarse": 3}),
-        ("finetune", 3, {"fine": 2}),
-        ("finetune", 5, {"fine": 4}),
-        ("finetune", 7, {"fine": 4, "coarse": 2}),
-        ("multihead", 4, {"multihead": 3}),
+        ("train_coarse", "checkpoint.pt", 1, {}),
+        ("train_coarse", "checkpoint.pt", 4, {"coarse": 3}),
+        ("train_coarse", "history.jsonl", 6, {"coarse": 5}),  # all six epochs are in the checkpoint
+        ("finetune", "checkpoint.pt", 3, {"fine": 2}),
+        ("finetune", "checkpoint.pt", 5, {"fine": 4}),
+        ("finetune", "checkpoint.pt", 7, {"fine": 4, "coarse": 2}),
+        ("multihead", "checkpoint.pt", 4, {"multihead": 3}),
+        ("multihead", "model.pt", 1, {"multihead": 6}),
     ],
 )
-def test_sigkill_then_the_same_bits(disturbed, small, script, n, saved):
+def test_sigkill_then_the_same_bits(disturbed, small, script, name, n, saved):
     argv, run = disturbed
     folder = run / TRAINING[script]
     shutil.rmtree(folder)
-    process = reproduce.processes().Process(target=run_and_die, args=(script, argv, n))
+    process = reproduce.processes().Process(target=run_and_die, args=(script, argv, n, name))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert list(folder.glob(".checkpoint.pt.*.tmp")) and not (folder / "manifest.json").exists()
+    assert list(folder.glob(f".{name}.*.tmp")) and not (folder / "manifest.json").exists()
     epochs = {}
     for line in history(folder) if saved else []:
         epochs[line["phase"]] = line["epoch"]
@@ -271,8 +273,12 @@ def test_a_loss_that_is_not_finite_names_phase_step_and_setting(disturbed, capsy
 def test_a_network_that_diverges_in_the_last_step_is_noticed(disturbed, capsys):
     """The training loss of an epoch's only step is still that of the weights before it."""
     argv, run = disturbed
+    before = contents(run)
     said = error_of(capsys, "train_coarse", *argv, "train.batch_size=100", "coarse.lr=1e30", "--force")
     assert said.startswith("coarse: the loss is ") and "lower coarse.lr" in said
+    assert contents(run) == before  # the older result, which --force would have replaced, still counts
+    run_stage("train_coarse", *argv)
+    assert "done already" in capsys.readouterr().out
 
 
 # Labels and features that cannot be learned from

@@ -192,6 +192,7 @@ class StubStage:
 
     def __init__(self, folder):
         self.folder, self.fingerprint = folder, {"settings": {"seed": 0}, "inputs": {}, "data_signature": ""}
+        self.cfg, self.started = Config(), 0.0
 
     def path(self, name):
         return self.folder / name
@@ -224,7 +225,7 @@ def problem(tmp_path):
         folder = tmp_path / f"stage{len(list(tmp_path.iterdir()))}"
         rows = np.arange(N) if rows is None else rows
         phase = training.Phase("coarse", rows, n_steps, lr, "coarse.lr", images_before, first_epoch)
-        checkpoint = training.Checkpoint(StubStage(folder))
+        checkpoint = training.Checkpoint(StubStage(folder), FP32)
         validate = validate or (lambda _: {"accuracy": 0.5, "loss": 1.0})
         result = training.fit(cfg, FP32, net or network(), inputs, phase, loss_of, validate, checkpoint)
         return result, [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -382,7 +383,7 @@ def test_a_resnet_learns_in_either_precision(runtime, tmp_path):
     def loss_of(net, batch, rows):
         return training.cross_entropy(net(batch), label_of(rows), 0.0)
 
-    checkpoint = training.Checkpoint(StubStage(tmp_path))
+    checkpoint = training.Checkpoint(StubStage(tmp_path), runtime)
     result = training.fit(cfg, runtime, network, inputs, phase, loss_of, validate, checkpoint)
     assert {w.dtype for w in result.state.values()} == {torch.float32, torch.int64}  # int64: batches that BN has seen
     network.load_state_dict(result.state)

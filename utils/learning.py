@@ -151,6 +151,7 @@ class Task:
             "test": test,
             "test_fine": test_fine,
         }
+        self.checkpoint.save_history()
         self.stage.save_array("test_preds.npy", preds)
         self.stage.save_json("metrics.json", content)
         print(

@@ -118,10 +118,14 @@ class Checkpoint:
 
     def save(self, phase: str, state: dict) -> None:
         self.phases[phase] = state
-        history_path = self.stage.path("history.jsonl")
         seconds = time.time() - self.stage.started
         artifacts.save_torch(self.path, {"fingerprint": self.fingerprint, "seconds": seconds, "phases": self.phases})
-        artifacts.save_jsonl(history_path, [line for p in self.phases.values() for line in p["history"]])
+        self.save_history()
+
+    def save_history(self) -> None:
+        """Write history.jsonl; also at a stage's end, as a kill right after the last checkpoint would cost a line."""
+        lines = [line for phase in self.phases.values() for line in phase["history"]]
+        artifacts.save_jsonl(self.stage.path("history.jsonl"), lines)
 
 
 class Interruption:
