@@ -140,9 +140,12 @@ def reading_notes(summary: dict) -> list[str]:
         notes.append("One seed only: it says nothing about spread, so there is no std and no interval.")
     else:
         notes.append("± is the sample standard deviation over n seeds; differences are paired by seed.")
-    matched = learners.get(results.MATCHED, {}).get("images_seen", {}).get("mean")
-    seen = {key: e["images_seen"]["mean"] for key, e in learners.items() if matched and e["images_seen"]["n"]}
-    unequal = dict.fromkeys(learners[key]["learner"] for key, n in seen.items() if abs(n / matched - 1) > 0.05)
+    matched = learners.get(results.MATCHED, {}).get("images_seen", {"n": 0})
+    unequal = dict.fromkeys(
+        e["learner"]
+        for e in learners.values()
+        if matched["n"] and e["images_seen"]["n"] and not results.same_budget(e["images_seen"], matched)
+    )
     if unequal:
         notes.append(f"Over 5 % more or fewer images seen than by the matched baseline: {join(unequal)}.")
     oracles = [e for e in learners.values() if e["method"] == "oracle" and e["difference"]]
@@ -167,7 +170,10 @@ def verdicts(learners: dict[str, dict]) -> list[str]:
         if e["difference_from_random"] and e["method"] != "oracle"
     }
     notes += side_notes(discovered, "the same learner on random labels", show=True)
-    n_intervals = sum(d["low"] is not None for d in [*compared.values(), *discovered.values()])
+    same_budget = {e["name"]: e["difference_from_coarse"] for e in learners.values() if e["difference_from_coarse"]}
+    notes += side_notes(same_budget, "coarse training with as many images seen", show=True)
+    shown = [*compared.values(), *discovered.values(), *same_budget.values()]
+    n_intervals = sum(d["low"] is not None for d in shown)
     if n_intervals > 1:
         notes.append(f"The {n_intervals} intervals are 95 % each and not corrected for multiple comparisons.")
     return notes

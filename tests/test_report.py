@@ -159,6 +159,21 @@ def test_numbers_match_hand_computed_ones(tmp_path, capsys, no_figures):
     assert summary["seconds"]["coarse"] == pytest.approx(3.0)
 
 
+def test_learners_of_the_same_budget_are_compared_with_plain_coarse_training(tmp_path, capsys, no_figures):
+    runs_dir = write_runs(tmp_path, seeds=(0, 1))
+    for seed in (0, 1):
+        run_dir = runs_dir / f"seed{seed}"
+        write_learner(run_dir, "finetune/umap_hdbscan", seed, ACCURACY["finetune/umap_hdbscan"][seed], images_seen=1060)
+    summary, printed = make_report(tmp_path, capsys)
+    mh = summary["learners"]["multihead/umap_hdbscan-alpha0.9"]  # 0.71, 0.74 against coarse 0.80, 0.82
+    assert mh["difference_from_coarse"]["mean"] == pytest.approx(-0.085)
+    assert summary["learners"]["finetune/umap_hdbscan"]["difference_from_coarse"] is None  # 6 % more images
+    assert summary["learners"]["coarse_matched"]["difference_from_coarse"] is None  # the baseline's own control
+    assert (
+        "coarse training with as many images seen (95 % interval of accuracy): MH alpha=0.9 (umap_hdbscan)" in printed
+    )
+
+
 def test_cluster_numbers_match_hand_computed_ones(tmp_path, capsys, no_figures):
     write_runs(tmp_path)
     clusters = make_report(tmp_path, capsys)[0]["clusters"]
@@ -313,6 +328,17 @@ def test_unequal_runs_are_warned_about(tmp_path, capsys, no_figures):
     assert "uncommitted changes" in printed
     assert "WARNING: coarse was made with differing settings between seeds: train.batch_size." in printed
     assert "WARNING: seed 1: uncertainty was made from another coarse/model.pt than is there now; redo it." in printed
+
+
+def test_runs_made_otherwise_than_configured_are_warned_about(tmp_path, capsys, no_figures):
+    runs_dir = write_runs(tmp_path, seeds=(0, 1))
+    settings = {"seed": 1, "train.batch_size": 16, "multihead.alpha": 0.5}  # alpha differs from stage to stage anyway
+    for seed in (0, 1):
+        write_manifest(runs_dir / f"seed{seed}/coarse", seed, settings=settings, precision="bf16")
+    _, printed = make_report(tmp_path, capsys)
+    assert "WARNING: made with train.batch_size = 16, 8, not as this command's configuration says" in printed
+    assert "made with multihead.alpha" not in printed
+    assert "WARNING: the learners were trained with differing precision: bf16, fp32" in printed
 
 
 def test_no_runs_names_the_command(tmp_path, capsys):

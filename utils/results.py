@@ -136,11 +136,17 @@ def recovered(method: dict, matched: dict, oracle: dict) -> float | None:
     return gain_recovered(*(float(np.mean([values[s] for s in seeds])) for values in (method, matched, oracle)))
 
 
+def same_budget(images: dict, others: dict) -> bool:
+    """Whether two spreads of images seen have means within 5 % of each other."""
+    return bool(images["n"] and others["n"]) and abs(images["mean"] / others["mean"] - 1) <= 0.05
+
+
 def summarize_learners(runs: list[dict], first: list[str] = ()) -> dict[str, dict]:
     """One entry a learner, in the order of the tables: coarse, matched, other unlabelled ones, then by labels source.
 
     An entry holds every metric's {"mean", "std", "n"} (fractions, not percent) and, on test accuracy, the paired
-    `difference` from coarse_matched, `difference_from_random` (the same learner on the random control's labels) and
+    `difference` from coarse_matched, `difference_from_coarse` (for learners that saw as many images as plain coarse
+    training did, to 5 %), `difference_from_random` (the same learner on the random control's labels) and
     `gain_recovered` (the oracle is the same learner on the oracle's labels).
     """
     methods = source_methods(runs)
@@ -172,6 +178,9 @@ def summarize_learners(runs: list[dict], first: list[str] = ()) -> dict[str, dic
         entry |= {metric: spread(by_seed(runs, key, metric).values()) for metric in LEARNER_METRICS}
         matched = {} if key == MATCHED else accuracy.get(MATCHED, {})
         entry["difference"] = difference(accuracy[key], matched)
+        entry["difference_from_coarse"] = None
+        if labels and same_budget(entry["images_seen"], spread(by_seed(runs, COARSE, "images_seen").values())):
+            entry["difference_from_coarse"] = difference(accuracy[key], accuracy[COARSE])
         entry["difference_from_random"] = difference(accuracy[key], same_on(key, "random"))
         entry["gain_recovered"] = recovered(accuracy[key], matched, same_on(key, "oracle"))
         learners[key] = entry
