@@ -120,7 +120,7 @@ def missing_notes(cfg: Config, runs: list[dict], summary: dict, has_truth: bool)
     if absent:
         notes.append(f"No finished stage of seed {join(absent)}.")
     if notes:
-        notes.append(f"`{cfg.command('reproduce.py')}` runs what is missing.")
+        notes.append(f"`{summary['command']}` runs what is missing.")
     if results.MATCHED not in learners:
         notes.append("Without coarse_matched there is no budget-matched baseline: no differences, no gain recovered.")
     if not has_truth:
@@ -199,8 +199,8 @@ def warning_notes(cfg: Config, runs: list[dict], summary: dict) -> list[str]:
     if len(origin["data_signatures"]) > 1:
         notes.append("WARNING: the runs read differing data files.")
     for what in ("device", "precision"):
-        if ", " in (found := origin[f"learners_{what}"]):
-            notes.append(f"WARNING: the learners were trained with differing {what}: {found}.")
+        if len(found := origin[f"learners_{what}"]) > 1:
+            notes.append(f"WARNING: the learners were trained with differing {what}: {'; '.join(found)}.")
     for folder, keys in results.setting_differences(runs).items():
         notes.append(f"WARNING: {folder} was made with differing settings between seeds: {join(keys)}.")
     for key, values in results.other_settings(runs, cfg).items():

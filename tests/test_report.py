@@ -26,7 +26,7 @@ def write_json(path, content):
 def write_manifest(folder, seed, **changes):
     manifest = {
         "stage": folder.name, "settings": {"seed": seed, "train.batch_size": 8}, "config": {"seed": seed},
-        "code": {"commit": "c" * 40, "dirty": False}, "versions": {"torch": "2.15.0"}, "device": "cpu",
+        "code": {"commit": "c" * 40, "dirty": False}, "versions": {"torch": "2.15.0"}, "device": "CPU, 2 cores",
         "precision": "fp32", "seed": seed, "inputs": {}, "outputs": {}, "seconds": 2.0 + seed,
     }  # fmt: skip
     write_json(folder / "manifest.json", manifest | changes)
@@ -338,7 +338,8 @@ def test_runs_made_otherwise_than_configured_are_warned_about(tmp_path, capsys, 
     _, printed = make_report(tmp_path, capsys)
     assert "WARNING: made with train.batch_size = 16, 8, not as this command's configuration says" in printed
     assert "made with multihead.alpha" not in printed
-    assert "WARNING: the learners were trained with differing precision: bf16, fp32" in printed
+    assert "WARNING: the learners were trained with differing precision: bf16; fp32" in printed
+    assert "differing device" not in printed
 
 
 def test_no_runs_names_the_command(tmp_path, capsys):

@@ -266,7 +266,7 @@ def provenance(runs: list[dict]) -> dict:
         "versions": {library: ", ".join(sorted(found)) for library, found in sorted(versions.items())},
         "device": ", ".join(distinct("device")),
         "precision": ", ".join(distinct("precision")),
-        **{f"learners_{key}": ", ".join(sorted(of_learners(key))) for key in ("device", "precision")},
+        **{f"learners_{key}": sorted(of_learners(key)) for key in ("device", "precision")},
         "data_signatures": distinct("data_signature"),
         "seeds": [run["seed"] for run in runs],
     }
