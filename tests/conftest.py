@@ -2,11 +2,15 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 # Small networks gain nothing from a second thread, and threads that wait for each other crawl on a busy machine.
 for variable in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+# A shell starts background jobs with SIGINT ignored, which children inherit: the tests that interrupt stages need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
