@@ -15,6 +15,7 @@ from utils import results, tables
 from utils.artifacts import load_array, load_json, save_csv, save_json, save_text
 from utils.config import Config, UserError, command_line, parse_config
 
+MIN_SEEDS = 3  # for a verdict: two differences may agree by chance, and their interval is then of no width
 WORST_TRUE, WORST_FOUND = "test_worst_subclass_accuracy", "test_worst_discovered_accuracy"
 
 
@@ -173,7 +174,9 @@ def verdicts(learners: dict[str, dict]) -> list[str]:
     same_budget = {e["name"]: e["difference_from_coarse"] for e in learners.values() if e["difference_from_coarse"]}
     notes += side_notes(same_budget, "coarse training with as many images seen", show=True)
     shown = [*compared.values(), *discovered.values(), *same_budget.values()]
-    n_intervals = sum(d["low"] is not None for d in shown)
+    n_intervals = sum(d["n"] >= MIN_SEEDS for d in shown)
+    if shown and not n_intervals:
+        notes.append(f"Under {MIN_SEEDS} seeds there is no verdict on any difference, whatever its interval says.")
     if n_intervals > 1:
         notes.append(f"The {n_intervals} intervals are 95 % each and not corrected for multiple comparisons.")
     return notes
@@ -182,7 +185,7 @@ def verdicts(learners: dict[str, dict]) -> list[str]:
 def side_notes(differences: dict[str, dict], baseline: str, show: bool = False) -> list[str]:
     sides = {"Above": [], "Below": [], "Not distinguishable from": []}
     for name, value in differences.items():
-        if value["low"] is not None:
+        if value["n"] >= MIN_SEEDS:
             side = "Above" if value["low"] > 0 else "Below" if value["high"] < 0 else "Not distinguishable from"
             sides[side].append(f"{name} {tables.interval(value)}" if show else name)
     return [f"{side} {baseline} (95 % interval of accuracy): {join(names)}." for side, names in sides.items() if names]
