@@ -1,5 +1,6 @@
 """What the three learners (coarse, FN, MH) have in common: the rows, the losses on labels, the scores they report."""
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,9 +74,10 @@ class Task:
         test = self.dataset.test
         if test.fine_labels is None:
             return None
-        probs = training.predict_probs(self.runtime, network, self.test_inputs(), np.arange(test.n), output)
+        probs = training.predict_probs(self.runtime, network, self.test_inputs, np.arange(test.n), output)
         return metrics.cluster_quality(test.fine_labels, probs.argmax(1))
 
+    @functools.cached_property
     def test_inputs(self) -> loader.Inputs:
         return loader.Inputs(self.dataset.test, self.runtime.device)
 
@@ -126,9 +128,7 @@ class Task:
     ) -> None:
         """Read the test set once; write metrics.json and test_preds.npy and print the result."""
         test_labels = self.dataset.test.coarse_labels
-        probs = training.predict_probs(
-            self.runtime, network, self.test_inputs(), np.arange(self.dataset.test.n), output
-        )
+        probs = training.predict_probs(self.runtime, network, self.test_inputs, np.arange(self.dataset.test.n), output)
         preds = probs.argmax(1).astype(np.int64)
         test = metrics.coarse_scores(test_labels, preds)
         groups = {

@@ -121,8 +121,6 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> dict | N
         return None
     differences = [values[s] - baseline[s] for s in seeds]
     pairs = {str(s): float(d) for s, d in zip(seeds, differences, strict=True)}
-    if len(seeds) == 1:
-        return {"mean": float(differences[0]), "std": None, "n": 1, "low": None, "high": None, "by_seed": pairs}
     return {**paired_interval(np.array(differences)), "by_seed": pairs}
 
 

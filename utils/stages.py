@@ -243,6 +243,23 @@ class OpenStage:
         """What a checkpoint must share with this stage to be resumed."""
         return {"settings": self.settings, "inputs": self.inputs, "data_signature": self.signature}
 
+    def why_not_done(self) -> str | None:
+        """None where the folder's manifest fits this stage; otherwise the one-line reason."""
+        manifest = artifacts.load_manifest(self.folder)
+        differing = differences(manifest["settings"], self.settings)
+        if differing:
+            return f"{self.folder} is already there with other settings ({'; '.join(differing)})"
+        changed = [path for path, digest in self.inputs.items() if manifest["inputs"].get(path) != digest]
+        if changed:
+            return f"{self.folder} is stale: {', '.join(changed)} changed since it was made"
+        if manifest["data_signature"] != self.signature:
+            return f"{self.folder} is stale: the data set's files changed since it was made"
+        for name, output in manifest["outputs"].items():
+            path = self.folder / name
+            if not path.is_file() or artifacts.sha256(path) != output["sha256"]:
+                return f"{path} is missing, damaged or was edited"
+        return None
+
     def path(self, name: str) -> Path:
         """Where output `name` is about to be written; it will be listed in the manifest.
 
@@ -284,36 +301,22 @@ class OpenStage:
         print(f"next: {next_command}")
 
 
-def _why_not_done(folder: Path, settings: dict, inputs: dict, signature: str) -> str | None:
-    """None where the manifest in `folder` fits; otherwise the one-line reason."""
-    manifest = artifacts.load_manifest(folder)
-    differing = differences(manifest["settings"], settings)
-    if differing:
-        return f"{folder} is already there with other settings ({'; '.join(differing)})"
-    changed = [path for path, digest in inputs.items() if manifest["inputs"].get(path) != digest]
-    if changed:
-        return f"{folder} is stale: {', '.join(changed)} changed since it was made"
-    if manifest["data_signature"] != signature:
-        return f"{folder} is stale: the data set's files changed since it was made"
-    for name, output in manifest["outputs"].items():
-        path = folder / name
-        if not path.is_file() or artifacts.sha256(path) != output["sha256"]:
-            return f"{path} is missing, damaged or was edited"
-    return None
-
-
 def is_finished(cfg: Config, name: str) -> bool:
     """True where the stage's folder is done with these very settings and inputs; reads hashes, locks nothing."""
-    spec = STAGES[name]
-    folder = cfg.run_dir / spec.folder(cfg)
-    if not (folder / "manifest.json").is_file():
+    if not (cfg.run_dir / STAGES[name].folder(cfg) / "manifest.json").is_file():
         return False
     try:
-        signature = data_signature(cfg.data)
-        inputs = {path: check_input(cfg, path, signature) for path in spec.inputs(cfg)}
-        return _why_not_done(folder, stage_settings(cfg, spec), inputs, signature) is None
+        return _survey(cfg, name).why_not_done() is None
     except UserError:
         return False
+
+
+def _survey(cfg: Config, name: str) -> OpenStage:
+    """The stage with its inputs checked and nothing locked or written.  Raises UserError as `check_input` does."""
+    spec = STAGES[name]
+    signature = data_signature(cfg.data)
+    inputs = {path: check_input(cfg, path, signature) for path in spec.inputs(cfg)}
+    return OpenStage(cfg, spec, cfg.run_dir / spec.folder(cfg), stage_settings(cfg, spec), inputs, signature)
 
 
 @contextlib.contextmanager
@@ -325,11 +328,8 @@ def open_stage(cfg: Config, name: str) -> Iterator[OpenStage]:
     """
     from filelock import FileLock, Timeout
 
-    spec = STAGES[name]
-    folder = cfg.run_dir / spec.folder(cfg)
-    settings = stage_settings(cfg, spec)
-    signature = data_signature(cfg.data)
-    inputs = {path: check_input(cfg, path, signature) for path in spec.inputs(cfg)}
+    stage = _survey(cfg, name)
+    folder = stage.folder
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -339,9 +339,8 @@ def open_stage(cfg: Config, name: str) -> Iterator[OpenStage]:
             f"{folder} is in use by another process; wait for it or choose another name= or seed="
         ) from None
     try:
-        stage = OpenStage(cfg, spec, folder, settings, inputs, signature)
         if (folder / "manifest.json").is_file() and not cfg.force:
-            reason = _why_not_done(folder, settings, inputs, signature)
+            reason = stage.why_not_done()
             if reason:
                 raise UserError(f"{reason}; --force redoes it")
             stage.finished = True
@@ -349,7 +348,7 @@ def open_stage(cfg: Config, name: str) -> Iterator[OpenStage]:
         if not stage.finished:
             for leftover in folder.glob(".*.tmp"):  # of a killed run; the lock says that nobody else is writing
                 leftover.unlink()
-            print(f"{spec.script}: {cfg.name}, seed {cfg.seed} -> {folder}", file=sys.stderr)
+            print(f"{stage.spec.script}: {cfg.name}, seed {cfg.seed} -> {folder}", file=sys.stderr)
         yield stage
     finally:
         lock.release()
