@@ -64,7 +64,7 @@ BAD_OVERRIDES = {
     # bad choices
     "filter.score=entropi": "filter.score: 'entropi' is not one of signed_max_prob, entropy, mutual_information, "
     "variation_ratio, margin. Did you mean: 'entropy'?",
-    "augment=full": "augment: 'full' is not one of none, crop_flip.",
+    "augment=full": "augment: 'full' is not one of none, crop_flip, strong.",
     "precision=16": "precision: '16' is not one of auto, fp32, bf16. Did you mean: 'bf16'?",
     "device=gpu": "device: 'gpu' is not one of auto, cpu, cuda, cuda:<n>",
     "cluster.method=hdbscan": "cluster.method: 'hdbscan' is not one of umap_hdbscan, kmeans, gmm, random, oracle. "

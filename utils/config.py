@@ -62,6 +62,7 @@ class DataConfig:
     image_size: int = 0  # pixels; image folders: resize the short side and crop the centre to this; 0 = as stored
     skip_unreadable: bool = False  # image folders: go on without the images that cannot be read
     download: bool = True  # let torchvision download a missing data set
+    decode: str = "auto"  # image folders: once (into a file on disk) | always (on the fly) | auto (once if it fits)
 
     def __post_init__(self):
         check_choice("data.name", self.name, DATASETS)
@@ -69,6 +70,7 @@ class DataConfig:
         check_range("data.val_fraction", self.val_fraction, 0, 0.9, open_low=True)
         check_range("data.test_fraction", self.test_fraction, 0, 0.9, open_low=True)
         check_range("data.image_size", self.image_size, 0)
+        check_choice("data.decode", self.decode, ["auto", "once", "always"])
 
 
 @dataclass
@@ -86,16 +88,59 @@ class ModelConfig:
 
 
 @dataclass
+class LoaderConfig:
+    """How images reach the network; changes no result."""
+
+    placement: str = (
+        "auto"  # auto (device if the images fit) | device (all on it, uint8) | host (copied batch by batch)
+    )
+    prefetch: int = 2  # placement host: batches made ready ahead of the step
+    workers: int = 0  # processes that decode image files; 0 = one a core, at most 16
+
+    def __post_init__(self):
+        check_choice("loader.placement", self.placement, ["auto", "device", "host"])
+        check_range("loader.prefetch", self.prefetch, 1)
+        check_range("loader.workers", self.workers, 0)
+
+
+@dataclass
 class CropFlipConfig:
     key: ClassVar[str] = "crop_flip"
     crop_padding: int = 4  # pixels of black border before a random crop of the old size; 0 = no crop
     hflip_p: float = 0.5  # probability of a horizontal flip
     vflip_p: float = 0.0  # probability of a vertical flip
+    cutout: int = 0  # pixels; side of a square blacked out at a random place, cut off at the border; 0 = none
 
     def __post_init__(self):
         check_range(f"{self.key}.crop_padding", self.crop_padding, 0)
         check_range(f"{self.key}.hflip_p", self.hflip_p, 0, 1)
         check_range(f"{self.key}.vflip_p", self.vflip_p, 0, 1)
+        check_range(f"{self.key}.cutout", self.cutout, 0)
+
+
+@dataclass
+class StrongConfig(CropFlipConfig):
+    """The augmentation of contrastive learning (SimCLR's for small images, its strength 0.5)."""
+
+    key: ClassVar[str] = "strong"
+    crop_padding: int = 0  # pixels, as crop_flip.crop_padding
+    resized_crop_scale: float = 0.2  # least share of the area in a random resized crop, sides 3:4 to 4:3; 1 = none
+    jitter_p: float = 0.8  # probability of the colour jitter
+    brightness: float = 0.4  # colour jitter: factor from [1 - b, 1 + b]
+    contrast: float = 0.4  # colour jitter: factor from [1 - c, 1 + c]
+    saturation: float = 0.4  # colour jitter: factor from [1 - s, 1 + s]; grey images have none
+    hue: float = 0.1  # colour jitter: shift from [-h, h] of the whole circle; grey images have none
+    grey_p: float = 0.2  # probability of losing all colour
+    blur_p: float = 0.0  # probability of a Gaussian blur, sigma from [0.1, 2] pixels
+    rotation: float = 0.0  # degrees; angle from [-r, r], black outside
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(f"{self.key}.resized_crop_scale", self.resized_crop_scale, 0, 1, open_low=True)
+        for name in ("jitter_p", "grey_p", "blur_p", "brightness", "contrast", "saturation"):
+            check_range(f"{self.key}.{name}", getattr(self, name), 0, 1)
+        check_range(f"{self.key}.hue", self.hue, 0, 0.5)
+        check_range(f"{self.key}.rotation", self.rotation, 0, 180)
 
 
 @dataclass
@@ -142,11 +187,15 @@ class FeaturesConfig:
 
 
 @dataclass
-class ViewsConfig(CropFlipConfig):
+class ViewsConfig(StrongConfig):
+    """The original's views are flips; every other augmentation can be switched on."""
+
     key: ClassVar[str] = "filter.views"
-    crop_padding: int = 0  # pixels, as crop_flip.crop_padding
     hflip_p: float = 0.8  # probability of a horizontal flip
     vflip_p: float = 0.3  # probability of a vertical flip
+    resized_crop_scale: float = 1.0  # as strong.resized_crop_scale
+    jitter_p: float = 0.0  # probability of the colour jitter, whose ranges are those of `strong`
+    grey_p: float = 0.0  # probability of losing all colour
 
 
 @dataclass
@@ -190,6 +239,11 @@ class ClusterConfig:
     n_clusters: int = 0  # kmeans, gmm: clusters in each coarse class; 0 = the best silhouette from k_min to k_max
     k_min: int = 2  # kmeans, gmm: fewest clusters tried
     k_max: int = 10  # kmeans, gmm: most clusters tried
+    knn: str = "exact"  # UMAP's neighbours: exact (euclidean, cosine, correlation; by matrix product) | umap (its own)
+    knn_memory_mb: int = 512  # MB; bound of the block of distances that exact neighbours are found in
+    n_jobs: int = 0  # coarse classes clustered at once, each in a process of its own; 0 = one a core
+    joblib_backend: str = "loky"  # loky (processes of this machine) | dask (workers of dask_scheduler)
+    dask_scheduler: str = ""  # joblib_backend dask: the scheduler's address, such as tcp://10.0.0.1:8786
 
     def __post_init__(self):
         check_choice("cluster.method", self.method, CLUSTER_METHODS)
@@ -213,6 +267,12 @@ class ClusterConfig:
         check_range("cluster.n_clusters", self.n_clusters, 0)
         check_range("cluster.k_min", self.k_min, 2)
         check_range("cluster.k_max", self.k_max, self.k_min)
+        check_choice("cluster.knn", self.knn, ["exact", "umap"])
+        check_range("cluster.knn_memory_mb", self.knn_memory_mb, 1)
+        check_range("cluster.n_jobs", self.n_jobs, 0)
+        check_choice("cluster.joblib_backend", self.joblib_backend, ["loky", "dask"])
+        if (self.joblib_backend == "dask") != bool(self.dask_scheduler):
+            raise UserError("cluster.dask_scheduler: it and cluster.joblib_backend=dask need each other; set both")
 
 
 @dataclass
@@ -281,8 +341,12 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda | cuda:<n>
     threads: int = 0  # CPU threads that torch uses in a stage; 0 = torch's choice, all cores
     precision: str = "auto"  # auto (bf16 where the hardware has it) | fp32 | bf16
-    augment: str = "crop_flip"  # training augmentation: none | crop_flip
+    speed: str = "fast"  # fast | plain (every fast path off: the slow reference that benchmarks compare with)
+    compile: str = "auto"  # torch.compile of the training step: auto (where it pays back in this run) | always | never
+    augment: str = "crop_flip"  # training augmentation: none | crop_flip | strong
     crop_flip: CropFlipConfig = field(default_factory=CropFlipConfig)
+    strong: StrongConfig = field(default_factory=StrongConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -310,7 +374,9 @@ class Config:
             raise UserError(f"device: '{self.device}' is not one of auto, cpu, cuda, cuda:<n>")
         check_range("threads", self.threads, 0)
         check_choice("precision", self.precision, ["auto", "fp32", "bf16"])
-        check_choice("augment", self.augment, ["none", "crop_flip"])
+        check_choice("speed", self.speed, ["fast", "plain"])
+        check_choice("compile", self.compile, ["auto", "always", "never"])
+        check_choice("augment", self.augment, ["none", "crop_flip", "strong"])
 
     @property
     def run_dir(self) -> Path:
@@ -383,9 +449,19 @@ def load_config(config_path: str = "", overrides: tuple[str, ...] = ()) -> Confi
     except OmegaConfBaseException as error:
         raise UserError(_config_error(error)) from None
     cfg.cluster.source = cfg.cluster.source or cfg.cluster.method
+    if cfg.speed == "plain":
+        slow_down(cfg)
     cfg.name = cfg.name or (Path(config_path).stem if config_path else cfg.data.name)
     check_name("name", cfg.name)
     return add_setting(cfg, config_path=config_path, overrides=tuple(overrides))
+
+
+def slow_down(cfg: Config) -> None:
+    """What speed=plain means in terms of the other settings; utils/plain.py has the loops that go with it."""
+    if cfg.precision == "bf16":
+        raise UserError("precision: speed=plain computes in fp32; leave precision=bf16 out")
+    cfg.precision, cfg.compile, cfg.loader.placement = "fp32", "never", "host"
+    cfg.cluster.knn, cfg.cluster.n_jobs = "umap", 1
 
 
 def _merge(tree: DictConfig, update: DictConfig) -> DictConfig:
