@@ -11,14 +11,14 @@ from utils.config import command_line, parse_config
 from utils.stages import open_stage
 
 
-def write_features(stage, name, runtime, backbone, split, batch_size):
+def write_features(cfg, stage, name, runtime, backbone, split):
     """Stream the features of all rows of `split` into `<name>.npy`, so that memory does not grow with N."""
     import numpy as np
     from tqdm import tqdm
 
     from utils import artifacts, loader, training
 
-    inputs = loader.Inputs(split, runtime.device)
+    inputs, batch_size = loader.Inputs(split, runtime.device, cfg.loader), cfg.features.batch_size
     with artifacts.streamed_array(stage.path(f"{name}.npy"), (split.n, backbone.n_features), "float32") as array:
         start = 0
         batches = training.predict(runtime, backbone, inputs, np.arange(split.n), batch_size=batch_size)
@@ -42,7 +42,7 @@ def main(argv=None):
         path = stage.input(f"{cfg.features.source}/model.pt")
         backbone = runtime.place(models.load_backbone(cfg.model, dataset.train, path))
         for name, split in (("train", dataset.train), ("test", dataset.test)):
-            write_features(stage, name, runtime, backbone, split, cfg.features.batch_size)
+            write_features(cfg, stage, name, runtime, backbone, split)
         sizes = ", ".join(f"{split.n:,} x {backbone.n_features}" for split in (dataset.train, dataset.test))
         print(f"{stage.folder}: train, test {sizes}")
         stage.finish(cfg.command("uncertainty_filter.py"), **runtime.describe())

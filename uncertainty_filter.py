@@ -10,11 +10,13 @@ from utils.config import UserError, command_line, parse_config
 from utils.stages import open_stage
 
 
-def check_views_differ(cfg, is_vector):
+def check_views_differ(cfg, dataset):
     """Raise UserError where the score measures disagreement of views that are all the same."""
-    views = cfg.filter.views
-    vary = views.crop_padding or 0 < views.hflip_p < 1 or 0 < views.vflip_p < 1
-    if cfg.filter.score in ("mutual_information", "variation_ratio") and (is_vector or not vary):
+    from utils import augment
+
+    is_vector = dataset.train.is_vector
+    vary = not is_vector and augment.varies(cfg.filter.views, dataset.train.inputs.shape[-1])
+    if cfg.filter.score in ("mutual_information", "variation_ratio") and not vary:
         why = "vectors have no augmented views" if is_vector else "filter.views changes nothing"
         raise UserError(f"filter.score: {cfg.filter.score} needs views that differ, and {why}; use entropy or margin")
 
@@ -27,15 +29,15 @@ def write_view_probs(cfg, stage, runtime, network, dataset):
 
     from utils import artifacts, loader
 
-    inputs = loader.Inputs(dataset.train, runtime.device)
+    inputs = loader.Inputs(dataset.train, runtime.device, cfg.loader)
     n, n_views = dataset.train.n, cfg.filter.n_views
     block = max(1, cfg.filter.batch_size // n_views)
     network.eval()
     with artifacts.streamed_array(stage.path("view_probs.npy"), (n, n_views, dataset.K_C), "float32") as array:
-        for start in tqdm(range(0, n, block), desc="views", disable=None, leave=False):
-            rows = np.arange(start, min(start + block, n))
+        batches = inputs.batches(loader.blocks(np.arange(n), block))
+        for rows, batch in tqdm(batches, desc="views", total=-(-n // block), disable=None, leave=False):
             with torch.inference_mode(), runtime.autocast():
-                logits = network(loader.view_batch(cfg, inputs, rows))
+                logits = network(loader.view_batch(cfg, batch, rows))
             probs = logits.float().softmax(1).reshape(len(rows), n_views, -1)
             array[rows[0] : rows[-1] + 1] = probs.cpu().numpy()
 
@@ -67,7 +69,7 @@ def main(argv=None):
         runtime = training.pick_runtime(cfg)
         dataset = load_dataset(cfg.data, cfg.dataset_dir / "cache")
         path = stage.input("coarse/model.pt")
-        check_views_differ(cfg, dataset.train.is_vector)
+        check_views_differ(cfg, dataset)
         network = runtime.place(models.load_network(cfg.model, dataset.train, dataset.K_C, path))
         write_view_probs(cfg, stage, runtime, network, dataset)
 

@@ -428,6 +428,8 @@ def test_cutout_is_a_black_square_cut_off_at_the_border(side):
         image[:, max(top, 0) : top + side, max(left, 0) : left + side] = 0
     found = augment.apply(images, draws, CropFlipConfig(0, 0, 0, cutout=side))
     assert found.dtype == torch.uint8 and torch.equal(found, expected)
+    last = augment.apply(images.to(memory_format=torch.channels_last), draws, CropFlipConfig(4, 0.5, 0, cutout=side))
+    assert last.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_cutout_reaches_every_place_equally_often():

@@ -172,7 +172,8 @@ def cutout(images: Tensor, draws: Tensor, side: int) -> Tensor:
         first = (draws[:, draw, None] * size).long() - side // 2
         place = torch.arange(size, device=images.device)
         is_inside.append((place >= first) & (place < first + side))
-    return images.masked_fill((is_inside[0][:, :, None] & is_inside[1][:, None, :])[:, None], 0)
+    square = is_inside[0][:, None, :, None] & is_inside[1][:, None, None, :]
+    return torch.where(square, 0, images)  # keeps channels_last, as masked_fill does not
 
 
 # Operations on float32 images in [0, 1]; draws: (B, len(Draw)).

@@ -311,9 +311,9 @@ def predict(
     """Yield output(network(batch)) as float32 on the device, in row order, eval mode, without augmentation."""
     network.eval()
     with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
+        for _, batch in inputs.batches(loader.blocks(rows, batch_size)):
             with runtime.autocast():
-                y = network(inputs.take(rows[start : start + batch_size]))
+                y = network(batch)
             yield output(y).float()
 
 
