@@ -5,23 +5,8 @@ writes  features/<source>/{train.npy (N, D) float32, test.npy (N_test, D) float3
 usage   python extract_features.py --config configs/digits.yaml
 """
 
-import sys
-
 from utils.config import command_line, parse_config
 from utils.stages import open_stage
-
-
-def write_features(stage, name, runtime, backbone, inputs, n, batch_size):
-    """Stream the features of all n rows into `<name>.npy`, so that memory does not grow with n."""
-    import numpy as np
-    from tqdm import tqdm
-
-    from utils import training
-
-    blocks = training.predict(runtime, backbone, inputs, np.arange(n), batch_size=batch_size)
-    steps = tqdm(blocks, desc=name, total=training.n_blocks(n, batch_size), disable=None, leave=False)
-    stage.stream_array(f"{name}.npy", (n, backbone.n_features), "float32", steps)
-    print(f"{name}: {n:,} x {backbone.n_features}", file=sys.stderr)
 
 
 @command_line
@@ -30,6 +15,8 @@ def main(argv=None):
     with open_stage(cfg, "features") as stage:
         if stage.finished:
             return
+        import numpy as np
+
         from utils import loader, models, training
         from utils.data import load_dataset
 
@@ -38,8 +25,9 @@ def main(argv=None):
         path = stage.input(f"{cfg.features.source}/model.pt")
         backbone = runtime.place(models.load_backbone(cfg.model, dataset.train, path))
         for name, split in (("train", dataset.train), ("test", dataset.test)):
-            inputs = loader.Inputs(split, runtime.device)
-            write_features(stage, name, runtime, backbone, inputs, split.n, cfg.features.batch_size)
+            inputs = loader.Inputs(split, runtime.device, cfg.loader)
+            blocks = training.predict(runtime, backbone, inputs, np.arange(split.n), batch_size=cfg.features.batch_size)
+            stage.stream_array(f"{name}.npy", (split.n, backbone.n_features), "float32", blocks)
         sizes = ", ".join(f"{split.n:,} x {backbone.n_features}" for split in (dataset.train, dataset.test))
         print(f"{stage.folder}: train, test {sizes}")
         stage.finish(cfg.command("uncertainty_filter.py"), **runtime.describe())

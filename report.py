@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import results, tables
+from utils import distributed, results, tables
 from utils.artifacts import load_array, load_json, save_csv, save_json, save_text
 from utils.config import Config, UserError, command_line, parse_config
 
@@ -21,6 +21,7 @@ WORST_TRUE, WORST_FOUND = "test_worst_subclass_accuracy", "test_worst_discovered
 
 @command_line
 def main(argv=None):
+    distributed.refuse("report.py", "it is one process's work")
     cfg = parse_config(__doc__, argv)
     runs = results.collect_runs(cfg.dataset_dir)
     if not runs:

@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils import distributed
 from utils.config import CLUSTER_METHODS, Config, UserError, command_line, load_config, parse_config
 from utils.data import load_dataset
 from utils.stages import STAGES, is_finished
@@ -87,12 +88,17 @@ def usable_sources(cfg: Config) -> list[str]:
     return sources
 
 
-def run_script(script: str, argv: list[str], log: Path) -> None:
-    """What a job's process does: run the script as the shell would, its output going to `log`."""
+def run_script(script: str, argv: list[str], log: Path, n_processes: int) -> None:
+    """What a job's process does: run the script as the shell or torchrun would, its output going to `log`."""
     threading.Thread(target=stop_with_parent, daemon=True).start()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if n_processes > 1:
+        from torch.distributed.run import main as torchrun
+
+        torchrun(["--standalone", f"--nproc-per-node={n_processes}", script, *argv])
+        return
     sys.argv = [script, *argv]
     runpy.run_path(script, run_name="__main__")
 
@@ -120,7 +126,8 @@ def run_job(context: multiprocessing.context.BaseContext, cfg: Config, job: Job,
     script = str(ROOT / STAGES[job.stage].script)
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
-    process = context.Process(target=run_script, args=(script, argv, log))
+    n_processes = 1 if job.stage == "labels" else cfg.reproduce.processes  # clustering spreads by cluster.n_jobs
+    process = context.Process(target=run_script, args=(script, argv, log, n_processes))
     process.start()
     try:
         process.join()
@@ -141,6 +148,7 @@ def run_job(context: multiprocessing.context.BaseContext, cfg: Config, job: Job,
 
 @command_line
 def main(argv=None):
+    distributed.refuse("reproduce.py", "set reproduce.processes")
     cfg = parse_config(__doc__, argv)
     if cfg.coarse.match:
         raise UserError("coarse.match: reproduce.py sets it where it is due; leave it out")

@@ -12,32 +12,14 @@ from utils.stages import open_stage
 ROWS_AT_ONCE = 16_384  # of view_probs.npy, so that memory does not grow with the number of images
 
 
-def check_views_differ(cfg, is_vector):
+def check_views_differ(cfg, split):
     """Raise UserError where the score measures disagreement of views that are all the same."""
-    views = cfg.filter.views
-    vary = views.crop_padding or 0 < views.hflip_p < 1 or 0 < views.vflip_p < 1
-    if cfg.filter.score in ("mutual_information", "variation_ratio") and (is_vector or not vary):
-        why = "vectors have no augmented views" if is_vector else "filter.views changes nothing"
+    from utils import augment
+
+    vary = not split.is_vector and augment.varies(cfg.filter.views, split.inputs.shape[-1])
+    if cfg.filter.score in ("mutual_information", "variation_ratio") and not vary:
+        why = "vectors have no augmented views" if split.is_vector else "filter.views changes nothing"
         raise UserError(f"filter.score: {cfg.filter.score} needs views that differ, and {why}; use entropy or margin")
-
-
-def write_view_probs(cfg, stage, runtime, network, dataset):
-    """Predict all views of all training images into view_probs.npy, a block of images at a time."""
-    import numpy as np
-    from tqdm import tqdm
-
-    from utils import loader, uncertainty
-
-    n = dataset.train.n
-    inputs = loader.Inputs(dataset.train, runtime.device)
-
-    def blocks():
-        with tqdm(desc="views", total=n, unit=" images", disable=None, leave=False) as bar:
-            for block in uncertainty.view_probs(cfg, runtime, network, inputs, np.arange(n)):
-                bar.update(len(block))
-                yield block
-
-    stage.stream_array("view_probs.npy", (n, cfg.filter.n_views, dataset.K_C), "float32", blocks())
 
 
 def write_scores(cfg, stage, labels):
@@ -81,24 +63,27 @@ def main(argv=None):
             return
         import numpy as np
 
-        from utils import artifacts, distributed, models, training, uncertainty
+        from utils import artifacts, distributed, loader, models, training, uncertainty
         from utils.data import load_dataset
 
         runtime = training.pick_runtime(cfg)
         dataset = load_dataset(cfg.data, cfg.dataset_dir / "cache")
         path = stage.input("coarse/model.pt")
-        check_views_differ(cfg, dataset.train.is_vector)
+        check_views_differ(cfg, dataset.train)
         network = runtime.place(models.load_network(cfg.model, dataset.train, dataset.K_C, path))
-        write_view_probs(cfg, stage, runtime, network, dataset)
+        inputs = loader.Inputs(dataset.train, runtime.device, cfg.loader)
+        n = dataset.train.n
+        blocks = uncertainty.view_probs(cfg, runtime, network, inputs, np.arange(n))
+        stage.stream_array("view_probs.npy", (n, cfg.filter.n_views, dataset.K_C), "float32", blocks)
         if not distributed.is_main():
             return
 
         labels = dataset.train.coarse_labels
         train_rows, val_rows = training.train_rows(cfg, dataset)
         scores = write_scores(cfg, stage, labels)
-        mean_probs = artifacts.load_array(stage.folder / "probs.npy", dataset.train.n, mmap=True)
+        mean_probs = artifacts.load_array(stage.folder / "probs.npy", n, mmap=True)
         kept = uncertainty.keep_most_certain(scores, labels, train_rows, cfg.filter.keep_fraction)
-        is_val = np.isin(np.arange(dataset.train.n), val_rows)
+        is_val = np.isin(np.arange(n), val_rows)
         suspects = suspect_rows(dataset, mean_probs, is_val, cfg.filter.suspect_min_prob)
         kept_scores = {name: scores[kept & (labels == k)] for k, name in enumerate(dataset.coarse_names)}
         threshold = {name: float(of_class.max()) for name, of_class in kept_scores.items() if len(of_class)}

@@ -1,11 +1,15 @@
-"""utils/augment.py: draws that are pure functions of integers, and crop_flip against a plain loop over images."""
+"""utils/augment.py: draws that are pure functions of integers; each operation against torchvision, image by image."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2 as transforms
+from torchvision.transforms.v2 import functional
 
 from utils import augment
-from utils.config import CropFlipConfig
+from utils.config import CropFlipConfig, StrongConfig, ViewsConfig
 
 MASK = (1 << 64) - 1
 N = 100_000
@@ -221,3 +225,294 @@ def test_crop_flip_flips_as_often_as_asked():
     draws = augment.uniform(0, augment.VIEWS, torch.arange(N), n_draws=4)
     flipped = augment.crop_flip(images, draws, CropFlipConfig(0, 0.8, 0))[:, 0, 0, 0].float().mean()
     assert abs(flipped - 0.8) < 5 * np.sqrt(0.16 / N)
+
+
+def as_before(images, draws, settings: CropFlipConfig) -> torch.Tensor:
+    """The first version of crop_flip, whose results every committed run was made with."""
+    padding = settings.crop_padding
+    if padding:
+        height, width = images.shape[-2:]
+        offsets = (draws[:, :2] * (2 * padding + 1)).long()
+        windows = torch.nn.functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+        images = windows[torch.arange(len(images)), :, offsets[:, 0], offsets[:, 1]]
+    for draw, probability, axis in ((2, settings.hflip_p, -1), (3, settings.vflip_p, -2)):
+        if probability:
+            images = torch.where((draws[:, draw] < probability)[:, None, None, None], images.flip(axis), images)
+    return images
+
+
+GATHERS = [augment._gather, augment._gather_on_cpu]
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 5, 9), (1, 1, 1)])
+def test_crop_flip_has_the_bits_of_its_first_version(gather, dtype, shape, monkeypatch):
+    monkeypatch.setattr(augment, "_gather_on_cpu", gather)
+    images = some_images(200, shape, dtype).to(memory_format=torch.channels_last)
+    draws = augment.uniform(3, augment.TRAIN, 1, torch.arange(200), n_draws=len(augment.Draw))
+    for settings in (CropFlipConfig(4, 0.5, 0), CropFlipConfig(0, 0.8, 0.3), CropFlipConfig(7, 0.5, 0.5)):
+        expected = as_before(images, draws, settings)
+        assert torch.equal(augment.crop_flip(images, draws[:, :4], settings), expected)
+        assert torch.equal(augment.apply(images, draws, settings), expected)
+        assert torch.equal(augment.apply(images, draws, strong(**dataclasses.asdict(settings))), expected)
+
+
+def test_crop_flip_of_no_images():
+    assert augment.crop_flip(some_images(0), torch.zeros(0, 4), CropFlipConfig()).shape == (0, 3, 9, 6)
+
+
+# apply
+
+
+OFF = {"hflip_p": 0, "resized_crop_scale": 1, "jitter_p": 0, "grey_p": 0}
+
+
+def strong(**changes) -> StrongConfig:
+    """Everything off but `changes`."""
+    return StrongConfig(**{**OFF, **changes})
+
+
+def draws_of(n: int, seed: int = 0) -> torch.Tensor:
+    return augment.uniform(seed, augment.TRAIN, 0, torch.arange(n), n_draws=len(augment.Draw))
+
+
+def colour_images(n=32, side=(32, 24), channels=3) -> torch.Tensor:
+    """Smooth colour gradients with noise, so that hue, sharp edges and flat parts all occur; uint8 channels_last."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand((n, channels, 4, 4), generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, side, mode="bilinear", align_corners=False)
+    noise = 0.1 * torch.rand((n, channels, *side), generator=generator)
+    return ((smooth + noise).clamp(0, 1) * 255).round().to(torch.uint8).to(memory_format=torch.channels_last)
+
+
+def one_at_a_time(images, draws, reference) -> torch.Tensor:
+    """reference(image (C, H, W) float in [0, 1], its draws {name: float}) for each image."""
+    rows = [dict(zip(augment.Draw.__members__, row, strict=True)) for row in draws.tolist()]
+    return torch.stack([reference(image.float() / 255, row) for image, row in zip(images, rows, strict=True)])
+
+
+def assert_as_torchvision(settings, reference, atol=1e-5, images=None):
+    images = colour_images() if images is None else images
+    draws = draws_of(len(images))
+    found = augment.apply(images, draws, settings)
+    assert found.dtype == torch.float32 and found.shape == images.shape and 0 <= found.min() <= found.max() <= 1
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, one_at_a_time(images, draws, reference), atol=atol, rtol=0)
+    assert not torch.allclose(found, images / 255, atol=0.01)
+
+
+def factor(draw, reach):
+    return 1 - reach + 2 * reach * draw
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_brightness_is_torchvisions(channels):
+    assert_as_torchvision(
+        strong(jitter_p=1, brightness=0.7, contrast=0, saturation=0, hue=0),
+        lambda image, d: functional.adjust_brightness(image, factor(d["BRIGHTNESS"], 0.7)),
+        images=colour_images(channels=channels),
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_contrast_is_torchvisions(channels):
+    """To 1e-4: torchvision weighs red with 0.2989 where ITU-R 601 and kornia have 0.299."""
+    assert_as_torchvision(
+        strong(jitter_p=1, brightness=0, contrast=0.7, saturation=0, hue=0),
+        lambda image, d: functional.adjust_contrast(image, factor(d["CONTRAST"], 0.7)),
+        images=colour_images(channels=channels),
+        atol=1e-4,
+    )
+
+
+def test_saturation_is_torchvisions():
+    assert_as_torchvision(
+        strong(jitter_p=1, brightness=0, contrast=0, saturation=0.9, hue=0),
+        lambda image, d: functional.adjust_saturation(image, factor(d["SATURATION"], 0.9)),
+        atol=2e-4,
+    )
+
+
+def test_hue_is_torchvisions():
+    assert_as_torchvision(
+        strong(jitter_p=1, brightness=0, contrast=0, saturation=0, hue=0.5),
+        lambda image, d: functional.adjust_hue(image, d["HUE"] - 0.5),
+    )
+
+
+def test_jitter_is_brightness_contrast_saturation_hue_with_its_probability():
+    def reference(image, d):
+        if d["JITTER"] >= 0.6:
+            return image
+        image = functional.adjust_brightness(image, factor(d["BRIGHTNESS"], 0.4))
+        image = functional.adjust_contrast(image, factor(d["CONTRAST"], 0.3))
+        image = functional.adjust_saturation(image, factor(d["SATURATION"], 0.2))
+        return functional.adjust_hue(image, 0.2 * d["HUE"] - 0.1)
+
+    settings = strong(jitter_p=0.6, brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1)
+    assert_as_torchvision(settings, reference, atol=1e-3)  # hue turns the grey weights' 1e-4 into a little more
+
+
+def test_loss_of_colour_is_torchvisions():
+    def reference(image, d):
+        return functional.rgb_to_grayscale(image, 3) if d["GREY"] < 0.5 else image
+
+    assert_as_torchvision(strong(grey_p=0.5), reference, atol=2e-4)
+
+
+@pytest.mark.parametrize("side", [(32, 24), (5, 3), (1, 1)])
+def test_blur_is_torchvisions(side):
+    size = [min(13, 2 * side[1] - 1), min(13, 2 * side[0] - 1)]  # torchvision's order is width, height
+
+    def reference(image, d):
+        return functional.gaussian_blur(image, size, [0.1 + 1.9 * d["SIGMA"]] * 2) if d["BLUR"] < 0.7 else image
+
+    if side == (1, 1):
+        image = colour_images(side=side)
+        torch.testing.assert_close(augment.apply(image, draws_of(32), strong(blur_p=1)), image / 255)
+    else:
+        assert_as_torchvision(strong(blur_p=0.7), reference, images=colour_images(side=side))
+
+
+@pytest.mark.parametrize("degrees", [15, 180])
+@pytest.mark.parametrize("side", [(32, 24), (7, 7)])
+def test_rotation_is_torchvisions(degrees, side):
+    def reference(image, d):
+        bilinear = transforms.InterpolationMode.BILINEAR
+        return functional.rotate(image, degrees * (2 * d["ANGLE"] - 1), bilinear)
+
+    assert_as_torchvision(strong(rotation=degrees), reference, images=colour_images(side=side), atol=1e-3)
+
+
+@pytest.mark.parametrize("side", [(32, 24), (7, 7)])
+def test_a_resized_crop_is_torchvisions_of_the_same_box(side):
+    images = colour_images(64, side)
+    top, left, rows, columns = augment.boxes(draws_of(64), *side, 0.2)
+    boxes = iter(torch.stack([top, left, rows, columns], 1).tolist())
+
+    def reference(image, d):
+        return functional.resized_crop(image, *next(boxes), list(side), antialias=False)
+
+    assert_as_torchvision(strong(resized_crop_scale=0.2), reference, images=images)
+
+
+def test_boxes_lie_in_the_image_and_are_drawn_as_torchvision_draws_them():
+    side, scale = 200, 0.3
+    top, left, rows, columns = augment.boxes(draws_of(20_000), side, side, scale)
+    for start, length in ((top, rows), (left, columns)):
+        assert 0 <= start.min() and (start + length).max() <= side and length.min() >= 1
+        room = (side - length + 1).double()
+        shares = (start / room)[room > 20].numpy()
+        assert abs(shares.mean() - 0.5) < 0.03 and shares.min() < 0.03 and shares.max() > 0.9
+    area, ratio = (rows * columns / side**2).numpy(), (columns / rows).numpy()
+    inside = np.maximum(rows, columns).numpy() < side  # boxes that no side was cut of
+    assert area.min() > scale - 0.01 and 0.73 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.36
+    assert abs(np.log(ratio[inside]).mean()) < 0.01
+    torch.manual_seed(0)
+    image = torch.zeros(1, side, side)
+    theirs = [transforms.RandomResizedCrop.get_params(image, (scale, 1), (3 / 4, 4 / 3)) for _ in range(4000)]
+    their_area = np.array([h * w for _, _, h, w in theirs]) / side**2
+    quantiles = np.linspace(0.05, 0.95, 12)  # of the boxes that both draw alike: those that fit at once
+    assert np.abs(np.quantile(area[inside], quantiles) - np.quantile(their_area, quantiles)).max() < 0.03
+
+
+@pytest.mark.parametrize("side", [1, 4, 5, 40])
+def test_cutout_is_a_black_square_cut_off_at_the_border(side):
+    images = some_images(64, (3, 9, 6))
+    draws = draws_of(64)
+    expected = images.clone()
+    for image, draw in zip(expected, draws, strict=True):
+        top = int(draw[augment.Draw.CUTOUT_ROW] * 9) - side // 2
+        left = int(draw[augment.Draw.CUTOUT_COLUMN] * 6) - side // 2
+        image[:, max(top, 0) : top + side, max(left, 0) : left + side] = 0
+    found = augment.apply(images, draws, CropFlipConfig(0, 0, 0, cutout=side))
+    assert found.dtype == torch.uint8 and torch.equal(found, expected)
+    last = augment.apply(images.to(memory_format=torch.channels_last), draws, CropFlipConfig(4, 0.5, 0, cutout=side))
+    assert last.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cutout_reaches_every_place_equally_often():
+    images = torch.ones((N // 10, 1, 5, 5), dtype=torch.uint8)
+    dark = (augment.apply(images, draws_of(N // 10), CropFlipConfig(0, 0, 0, cutout=1)) == 0).float().mean((0, 1))
+    assert (dark - 1 / 25).abs().max() < 5 * np.sqrt(1 / 25 / (N // 10))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"crop_padding": 2}, {"hflip_p": 0.5}, {"vflip_p": 0.5}, {"cutout": 5}, {"resized_crop_scale": 0.5},
+     {"jitter_p": 0.5}, {"grey_p": 0.5}, {"blur_p": 0.5}, {"rotation": 20}],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_each_setting_changes_something_and_is_seen_to_vary(changes):
+    images, draws, on = colour_images(), draws_of(32), strong(**changes)
+    assert augment.varies(on, 3) and not augment.varies(strong(), 3)
+    assert torch.equal(augment.apply(images, draws, strong()), images)
+    found = augment.apply(images, draws, on)
+    as_integers = next(iter(changes)) in ("crop_padding", "hflip_p", "vflip_p", "cutout")
+    assert found.dtype == (torch.uint8 if as_integers else torch.float32)
+    assert not torch.allclose(found.float() / (255 if as_integers else 1), images / 255, atol=0.01)
+
+
+@pytest.mark.parametrize("name, draw", [("jitter_p", "JITTER"), ("grey_p", "GREY"), ("blur_p", "BLUR")])
+def test_operations_happen_as_often_as_asked(name, draw):
+    images, draws = colour_images(1, (4, 4)).expand(2000, -1, -1, -1), draws_of(2000)
+    found = augment.apply(images, draws, strong(**{name: 0.3}))
+    is_changed = (found - images / 255).abs().flatten(1).amax(1) > 1e-6
+    assert abs(is_changed.float().mean() - 0.3) < 5 * np.sqrt(0.21 / 2000)
+    assert not is_changed[draws[:, augment.Draw[draw]] >= 0.3].any()
+
+
+def test_grey_images_skip_what_needs_colour():
+    images, draws = colour_images(channels=1), draws_of(32)
+    colour_only = strong(jitter_p=1, brightness=0, contrast=0, grey_p=1)
+    assert torch.equal(augment.apply(images, draws, colour_only), images) and not augment.varies(colour_only, 1)
+    both = strong(jitter_p=1, grey_p=1)
+    assert torch.equal(
+        augment.apply(images, draws, both), augment.apply(images, draws, strong(jitter_p=1, saturation=0, hue=0))
+    )
+
+
+ALL_ON = StrongConfig(
+    crop_padding=2, vflip_p=0.3, cutout=6, resized_crop_scale=0.3, blur_p=0.5, rotation=30, jitter_p=0.8, grey_p=0.2
+)
+
+
+@pytest.mark.parametrize("settings", [CropFlipConfig(4, 0.5, 0.3, cutout=8), ALL_ON], ids=["integers", "floats"])
+def test_an_image_comes_out_the_same_in_any_batch(settings):
+    images, draws = colour_images(64), draws_of(64)
+    whole = augment.apply(images, draws, settings)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    for size in (1, 7, 64):
+        for part in order.split(size):
+            found = augment.apply(images[part], draws[part], settings)
+            torch.testing.assert_close(found, whole[part], atol=1e-6 if whole.is_floating_point() else 0, rtol=0)
+
+
+def test_operations_follow_each_other_in_the_stated_order():
+    images, draws = colour_images(), draws_of(32)
+    expected = augment.crop_flip(images, draws, ALL_ON).float() / 255
+    for operation in (augment.resized_crop, augment.rotate, augment.jitter, augment.lose_colour, augment.blur):
+        expected = operation(expected, draws, ALL_ON)
+    assert torch.equal(augment.apply(images, draws, ALL_ON), augment.cutout(expected, draws, 6))
+
+
+def test_augmentation_keeps_float32_under_autocast():
+    images, draws = colour_images(), draws_of(32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = augment.apply(images, draws, ALL_ON)
+    assert torch.equal(inside, augment.apply(images, draws, ALL_ON))
+
+
+def test_augmentation_ignores_and_keeps_the_global_generator():
+    images, draws = colour_images(), draws_of(32)
+    torch.manual_seed(0)
+    first, after = augment.apply(images, draws, ALL_ON), torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), after)
+    assert torch.equal(augment.apply(images, draws, ALL_ON), first)
+
+
+def test_n_draws_are_no_more_than_needed():
+    assert augment.n_draws(CropFlipConfig()) == augment.n_draws(ViewsConfig()) == augment.n_draws(strong()) == 4
+    assert augment.n_draws(CropFlipConfig(cutout=3)) == augment.n_draws(ALL_ON) == len(augment.Draw)

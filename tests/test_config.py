@@ -14,7 +14,7 @@ from conftest import ROOT, STAGE_SCRIPTS
 from utils import config
 from utils.config import ClusterConfig, Config, UserError, command_line, flatten, interpreter, load_config, parse_config
 
-HEAVY = ("torch", "torchvision", "umap", "hdbscan", "sklearn", "scipy", "matplotlib")
+HEAVY = ("torch", "torchvision", "umap", "hdbscan", "sklearn", "scipy", "matplotlib", "kornia")
 GROUPS = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), f.name))]
 
 

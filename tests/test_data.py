@@ -1,7 +1,9 @@
 import os
 import pickle
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import make_data
@@ -615,6 +617,147 @@ def test_a_killed_decode_leaves_no_cache(tmp_path, monkeypatch):
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
     monkeypatch.undo()
     assert load_dataset(config("imagefolder", root), cache).train.n == 8
+
+
+def no_space(monkeypatch, free: int = 0) -> None:
+    monkeypatch.setattr(image_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_data.write_images(tmp_path / "d", make_data.folder_names(["cat", "dog"], 30))
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("image_size", [0, 4])
+@pytest.mark.parametrize("how", ["disk is full", "always", "always, no cache"])
+def test_images_decoded_on_demand_are_those_of_the_cache(folder, tmp_path, image_size, how, monkeypatch, capsys):
+    cached = load_dataset(config("imagefolder", folder, image_size=image_size), tmp_path / "one")
+    decode = "auto" if how == "disk is full" else "always"
+    no_space(monkeypatch)
+    cfg = config("imagefolder", folder, image_size=image_size, decode=decode)
+    capsys.readouterr()
+    dataset = load_dataset(cfg, None if "no cache" in how else tmp_path / "two")
+    said = capsys.readouterr().err
+    assert ("data.decode: always (0.00 GB of pixels, 0.00 GB free in " in said) == (decode == "auto")
+    assert not list(tmp_path.glob("two/*.u8")) and not list(tmp_path.glob("two/*.tmp"))
+    for part in ("train", "test"):
+        found, expected = getattr(dataset, part), getattr(cached, part)
+        lazy, array = found.inputs, expected.inputs
+        assert isinstance(lazy, image_folder.ImagesOnDemand) and found.names == expected.names
+        assert (lazy.shape, lazy.dtype, lazy.nbytes, lazy.ndim) == (array.shape, array.dtype, array.nbytes, 4)
+        assert len(lazy) == len(array) == found.n and not found.is_vector
+        for rows in (
+            slice(None),
+            slice(3, 9, 2),
+            np.array([5, 0, 5, -1]),
+            np.arange(len(array)) % 3 == 0,
+            np.arange(0),
+        ):
+            assert lazy[rows].dtype == np.uint8
+            np.testing.assert_array_equal(lazy[rows], array[rows])
+        for row in (3, -1, np.int64(2)):
+            np.testing.assert_array_equal(lazy[row], array[row])
+        with pytest.raises(IndexError):
+            lazy[len(array)]
+
+
+def test_decoding_on_demand_looks_at_every_file_once_for_all_stages(folder, tmp_path, monkeypatch):
+    looked_at = []
+    decode = image_folder.decode_image
+    monkeypatch.setattr(image_folder, "decode_image", lambda path, size: looked_at.append(path) or decode(path, size))
+    cfg, cache = config("imagefolder", folder, decode="always"), tmp_path / "cache"
+    load_dataset(cfg, cache)
+    assert sorted(looked_at) == sorted(folder.rglob("*.png"))
+    dataset = load_dataset(cfg, cache)
+    assert len(looked_at) == 60
+    dataset.train.inputs[np.arange(5)]
+    assert len(looked_at) == 65
+
+
+def test_what_is_on_disk_already_is_read_from_there(folder, tmp_path, monkeypatch):
+    load_dataset(config("imagefolder", folder), tmp_path)
+    no_space(monkeypatch)
+    monkeypatch.setattr(image_folder, "decode_image", None)
+    for decode in ("auto", "once"):
+        dataset = load_dataset(config("imagefolder", folder, decode=decode), tmp_path)
+        assert isinstance(dataset.train.inputs, np.memmap)
+    dataset = load_dataset(config("imagefolder", folder, decode="always"), tmp_path)
+    assert isinstance(dataset.train.inputs, image_folder.ImagesOnDemand)
+
+
+def test_once_and_auto_look_at_the_free_disk(folder, tmp_path, monkeypatch):
+    size = 60 * 8 * 6 * 3
+    no_space(monkeypatch, size - 1)
+    message = error_of(load_dataset, config("imagefolder", folder, decode="once"), tmp_path)
+    assert message.startswith("data.decode: once does not fit on the disk (0.00 GB of pixels, ")
+    no_space(monkeypatch, size)
+    assert isinstance(load_dataset(config("imagefolder", folder), tmp_path).test.inputs, image_folder.ImagesOnDemand)
+    assert isinstance(load_dataset(config("imagefolder", folder, decode="once"), tmp_path).test.inputs, np.memmap)
+    no_space(monkeypatch, size * 5 // 4)
+    assert isinstance(load_dataset(config("imagefolder", folder), tmp_path / "more").test.inputs, np.memmap)
+
+
+def test_on_demand_unreadable_images_are_found_at_the_start(damaged_folder, tmp_path):
+    message = error_of(load_dataset, config("imagefolder", damaged_folder, decode="always"), tmp_path)
+    assert "4 of 13 images" in message and "test/cat/3.png (not an image)" in message
+    cfg = config("imagefolder", damaged_folder, decode="always", skip_unreadable=True)
+    expected = load_dataset(config("imagefolder", damaged_folder, skip_unreadable=True))
+    for _ in range(2):
+        found = load_dataset(cfg, tmp_path)
+        for part in ("train", "test"):
+            np.testing.assert_array_equal(getattr(found, part).inputs[:], getattr(expected, part).inputs)
+
+
+def test_on_demand_images_of_different_sizes(folder, tmp_path):
+    make_data.write_images(folder, ["dog/3.png"], size=(9, 5))
+    message = error_of(load_dataset, config("imagefolder", folder, decode="always"), tmp_path)
+    assert "dog/3.png is 9x5 pixels but" in message and "set data.image_size" in message
+
+
+def test_an_image_that_goes_bad_after_the_start_stops_the_run(folder):
+    images = load_dataset(config("imagefolder", folder, decode="always")).train.inputs
+    path = images.paths[4]
+    path.unlink()
+    message = error_of(images.__getitem__, np.arange(8))
+    assert message == f"data.root: {path} cannot be read any more (No such file or directory); start again"
+    make_data.write_images(path.parent, [path.name], size=(9, 5))
+    assert f"{path} cannot be read any more (it is 9x5 pixels now)" in error_of(images.__getitem__, 4)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_so_many_workers_decode(folder, workers, monkeypatch):
+    """All of them at once: each image waits until as many are in hand; more never are."""
+    monkeypatch.setattr(image_folder, "CHUNK", 2)
+    decode, together, in_hand, most = image_folder.decode_image, threading.Barrier(workers), [], []
+
+    def counted(path, size):
+        in_hand.append(path)
+        most.append(len(in_hand))
+        together.wait(20)
+        in_hand.remove(path)
+        return decode(path, size)
+
+    monkeypatch.setattr(image_folder, "decode_image", counted)
+    load_dataset(config("imagefolder", folder, workers=workers))  # 60 images: a whole number of rounds
+    assert max(most) == workers
+
+
+def test_statistics_and_batches_on_demand_are_those_of_the_cache(folder, tmp_path):
+    import torch
+
+    from utils import loader, models
+    from utils.config import LoaderConfig
+
+    cached = load_dataset(config("imagefolder", folder), tmp_path).train
+    lazy = load_dataset(config("imagefolder", folder, decode="always"), tmp_path).train
+    rows = np.arange(1, 40, 2)
+    for found, expected in zip(*(models.input_statistics(split, rows) for split in (lazy, cached)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for placement in ("host", "device"):
+        both = [loader.Inputs(split, torch.device("cpu"), LoaderConfig(placement)) for split in (lazy, cached)]
+        for (_, a), (_, b) in zip(*(inputs.batches(loader.blocks(rows, 7)) for inputs in both), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_errors_in_the_layout_of_folders(tmp_path):

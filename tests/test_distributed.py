@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_stage
-from shell import contents, history, read_json
+from shell import contents, error_of, history, read_json
 from torch import nn
 
 from utils import distributed, models, training
@@ -211,3 +211,27 @@ def test_lost_peers_are_told_from_our_own_errors(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not distributed.lost_peer(RuntimeError("Connection closed by peer"))
     assert json.dumps(distributed.exchange(1)) == "[1]"
+
+
+@pytest.mark.parametrize("script", ["reproduce", "report", "cluster_fine"])
+def test_scripts_that_torchrun_cannot_spread_say_so(script, config_file, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert f"{script}.py: start it without torchrun; " in error_of(capsys, script, "--config", config_file)
+
+
+def test_reproduce_spreads_its_stages(config_file, tmp_path, capfd):
+    argv = ["--config", config_file, f"output_dir={tmp_path}", "reproduce.processes=2", *GENTLE, "coarse.epochs=1"]
+    settings = [
+        "reproduce.labels=[oracle]",
+        "reproduce.alphas=[]",
+        "finetune.fine_epochs=1",
+        "finetune.coarse_epochs=1",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        run_stage("reproduce", *argv, *settings)
+    assert stop.value.code == 0, capfd.readouterr().err
+    manifests = [read_json(path) for path in (tmp_path / "planted/seed0").rglob("manifest.json")]
+    assert {m["stage"]: m.get("processes") for m in manifests} == {
+        "coarse": 2, "features": 2, "uncertainty": 2, "labels": None, "finetune": 2,
+    }  # fmt: skip

@@ -1,11 +1,23 @@
 """utils/loader.py: the order of rows and every augmentation follow from integers, not from batches or memory."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from utils import augment, loader
-from utils.config import Config, CropFlipConfig, FilterConfig, TrainConfig, ViewsConfig
+from utils.config import (
+    Config,
+    CropFlipConfig,
+    FilterConfig,
+    LoaderConfig,
+    StrongConfig,
+    TrainConfig,
+    UserError,
+    ViewsConfig,
+)
 from utils.splits import Split
 
 CPU = torch.device("cpu")
@@ -21,7 +33,7 @@ def image_split(n=40, shape=(7, 5, 3), path=None) -> Split:
     return split_of(images)
 
 
-def split_of(inputs: np.ndarray) -> Split:
+def split_of(inputs) -> Split:
     n = len(inputs)
     return Split(inputs, np.zeros(n, np.int64), None, None, np.arange(n))
 
@@ -33,6 +45,10 @@ def vector_split(n=40) -> Split:
 def config(**changes) -> Config:
     settings = {"seed": 3, "train": TrainConfig(batch_size=8), "crop_flip": CropFlipConfig(2, 0.5, 0.5)}
     return Config(**{**settings, **changes})
+
+
+HOST, DEVICE = LoaderConfig(placement="host"), LoaderConfig(placement="device")
+BLURRED = StrongConfig(blur_p=0.5, rotation=20, cutout=3)
 
 
 def run_epoch(cfg, inputs, rows, epoch=0, first_step=0):
@@ -102,6 +118,15 @@ def test_training_batches_are_augmented_by_position_in_the_epoch():
     assert not torch.equal(batch, raw)
 
 
+def test_strong_training_batches_follow_their_draws():
+    cfg, split = config(augment="strong", strong=BLURRED), image_split()
+    rows, batch = run_epoch(cfg, loader.Inputs(split, CPU), ROWS, epoch=5)
+    raw = torch.from_numpy(split.inputs[rows]).permute(0, 3, 1, 2)
+    draws = augment.uniform(3, augment.TRAIN, 5, torch.arange(32), n_draws=len(augment.Draw))
+    torch.testing.assert_close(batch, augment.apply(raw, draws, BLURRED), atol=1e-6, rtol=0)
+    assert batch.dtype == torch.float32 and batch.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_training_batches_depend_on_seed_and_epoch():
     inputs = loader.Inputs(image_split(), CPU)
     _, first = run_epoch(config(), inputs, ROWS)
@@ -117,10 +142,12 @@ def test_batch_size_does_not_change_what_happens_to_an_image():
     assert np.array_equal(four[0][:32], eight[0]) and torch.equal(four[1][:32], eight[1])
 
 
-@pytest.mark.parametrize("augmentation", ["none", "crop_flip"])
+@pytest.mark.parametrize("augmentation", ["none", "crop_flip", "strong"])
 @pytest.mark.parametrize("first_step", [1, 3])
-def test_training_batches_from_a_later_step_are_the_tail_of_the_epoch(augmentation, first_step):
-    cfg, inputs = config(augment=augmentation), loader.Inputs(image_split(), CPU)
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_training_batches_from_a_later_step_are_the_tail_of_the_epoch(augmentation, first_step, placement):
+    cfg = config(augment=augmentation, strong=BLURRED)
+    inputs = loader.Inputs(image_split(), CPU, LoaderConfig(placement))
     rows, batch = run_epoch(cfg, inputs, ROWS, epoch=2)
     tail_rows, tail = run_epoch(cfg, inputs, ROWS, epoch=2, first_step=first_step)
     assert np.array_equal(tail_rows, rows[8 * first_step :]) and torch.equal(tail, batch[8 * first_step :])
@@ -146,33 +173,218 @@ def test_inputs_are_channels_last_in_memory():
     assert batch.shape == (2, 3, 7, 5) and batch.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(loader, "_announced", set())
+
+
+def view_inputs(cfg, inputs, rows) -> torch.Tensor:
+    return torch.cat([loader.view_batch(cfg, batch, r) for r, batch in inputs.batches(loader.blocks(rows, 5))])
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", ["images", "grey", "vectors"])
-def test_resident_and_memory_mapped_inputs_give_the_same_batches(kind, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "x.npy"
-    np.save(
-        path,
-        vector_split().inputs if kind == "vectors" else image_split(shape=(7, 5, 1 if kind == "grey" else 3)).inputs,
-    )
-    split = split_of(np.load(path, mmap_mode="r"))
-    resident = loader.Inputs(split, CPU)
+@pytest.mark.parametrize("augmentation", ["none", "crop_flip", "strong"])
+def test_every_placement_gives_the_same_batches(kind, augmentation, tmp_path):
+    shape = (7, 5, 1 if kind == "grey" else 3)
+    np.save(tmp_path / "x.npy", vector_split().inputs if kind == "vectors" else image_split(shape=shape).inputs)
+    split = split_of(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    device, host = loader.Inputs(split, CPU, DEVICE), loader.Inputs(split, CPU, HOST)
+    assert device.resident is not None and host.resident is None and len(host) == len(device) == 40
+    cfg = config(augment=augmentation, strong=BLURRED, filter=FilterConfig(n_views=2, views=ViewsConfig(blur_p=0.5)))
+    for made in (lambda i: run_epoch(cfg, i, ROWS)[1], lambda i: view_inputs(cfg, i, ROWS), lambda i: i.take(ROWS)):
+        assert torch.equal(made(device), made(host))
+    assert host.take(ROWS).stride() == device.take(ROWS).stride()
+
+
+@pytest.mark.parametrize(("share", "placement"), [(0.4, "device"), (0, "host")])
+def test_auto_decides_by_free_memory_and_says_so_once(share, placement, monkeypatch, capsys):
+    monkeypatch.setattr(loader, "RESIDENT_SHARE", share)
+    monkeypatch.setattr(loader, "free_bytes", lambda device: 10**9)
+    for _ in range(2):
+        assert (loader.Inputs(image_split(), CPU).resident is not None) == (placement == "device")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"loader.placement: {placement} (0.00 GB of inputs, 1.00 GB free on cpu: ")
+    loader.Inputs(image_split(8), CPU)
+    assert len(capsys.readouterr().err.splitlines()) == 1  # another set
+
+
+def test_one_process_of_several_says_what_auto_chose(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    loader.Inputs(image_split(), CPU)
+    assert not capsys.readouterr().err
+
+
+def test_a_wanted_placement_is_kept_without_a_word(monkeypatch, capsys):
     monkeypatch.setattr(loader, "RESIDENT_SHARE", 0)
-    mapped = loader.Inputs(split, CPU)
-    assert resident.resident is not None and mapped.resident is None
-    assert "do not fit on cpu" in capsys.readouterr().err
-    assert len(mapped) == len(resident) == 40
-    for take in (lambda i: run_epoch(config(), i, ROWS)[1], lambda i: loader.view_batch(config(), i, ROWS)):
-        assert torch.equal(take(resident), take(mapped))
+    assert loader.Inputs(image_split(), CPU, DEVICE).resident is not None
+    assert loader.Inputs(image_split(), CPU, HOST).resident is None
+    assert not capsys.readouterr().err
 
 
-def test_writing_into_a_batch_changes_no_image(tmp_path, monkeypatch):
-    split = image_split(path=tmp_path / "x.npy")
-    for share in (0.4, 0):
-        monkeypatch.setattr(loader, "RESIDENT_SHARE", share)
-        inputs = loader.Inputs(split, CPU)
-        before = inputs.take(ROWS).clone()
-        inputs.take(ROWS).zero_()
-        assert torch.equal(inputs.take(ROWS), before)
+def test_a_set_too_large_for_the_device_is_refused(monkeypatch):
+    monkeypatch.setattr(loader, "free_bytes", lambda device: 4199)
+    with pytest.raises(UserError, match=r"^loader.placement: device is too small \(0.00 GB .* use auto or host$"):
+        loader.Inputs(image_split(), CPU, DEVICE)
+    monkeypatch.setattr(loader, "free_bytes", lambda device: 4200)
+    loader.Inputs(image_split(), CPU, DEVICE)
+
+
+def test_a_set_is_copied_to_the_device_in_blocks(monkeypatch):
+    monkeypatch.setattr(loader, "COPY_BYTES", 7 * 7 * 5 * 3)
+    split = image_split()
+    np.testing.assert_array_equal(loader.Inputs(split, CPU, DEVICE).take(ROWS).permute(0, 2, 3, 1), split.inputs[ROWS])
+
+
+@pytest.mark.parametrize("settings", [HOST, DEVICE], ids=["host", "device"])
+def test_writing_into_a_batch_changes_no_image(settings, tmp_path):
+    inputs = loader.Inputs(image_split(path=tmp_path / "x.npy"), CPU, settings)
+    before = inputs.take(ROWS).clone()
+    inputs.take(ROWS).zero_()
+    assert torch.equal(inputs.take(ROWS), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("augmentation", ["none", "crop_flip", "strong"])
+def test_on_cuda_the_placements_give_the_batches_of_the_cpu(augmentation):
+    """Many epochs of large batches, each read late, so that a copy that is not waited for would show."""
+    split, rows, cuda = image_split(4000, (32, 32, 3)), np.arange(4000), torch.device("cuda")
+    cfg = config(augment=augmentation, strong=BLURRED, train=TrainConfig(batch_size=500))
+    host, device = loader.Inputs(split, cuda, HOST), loader.Inputs(split, cuda, DEVICE)
+    cpu = loader.Inputs(split, CPU, DEVICE)
+    for epoch in range(5):
+        sums = []
+        for (_, a), (_, b) in zip(*(loader.training_batches(cfg, i, rows, epoch) for i in (host, device)), strict=True):
+            torch.cuda._sleep(10**6)
+            sums.append(((a.double() - b.double()).abs().max(), a.double().mean()))
+        expected = [batch.double().mean() for _, batch in loader.training_batches(cfg, cpu, rows, epoch)]
+        assert max(float(gap) for gap, _ in sums) == 0
+        for (_, found), mean in zip(sums, expected, strict=True):
+            assert float(found) == pytest.approx(float(mean), rel=1e-5)
+
+
+# Ahead of the step
+
+
+class SlowArray:
+    """An array whose every gather is noted, may wait for leave, and fails at row `bad`."""
+
+    def __init__(self, array, bad=None):
+        self.array, self.bad, self.gathered = array, bad, []
+        self.shape, self.nbytes, self.ndim = array.shape, array.nbytes, array.ndim
+        self.leave = threading.Semaphore(10**6)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, rows):
+        self.leave.acquire()
+        self.gathered.append(rows.tolist())
+        if self.bad in rows:
+            raise OSError("the disk is gone")
+        return self.array[rows]
+
+
+def slow_inputs(prefetch=2, bad=None) -> loader.Inputs:
+    split = split_of(SlowArray(image_split().inputs, bad))
+    return loader.Inputs(split, CPU, LoaderConfig(placement="host", prefetch=prefetch))
+
+
+def gather_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("gather")]
+
+
+def wait_until(condition, seconds=20) -> None:
+    for _ in range(seconds * 100):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never happened")
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 5])
+def test_so_many_batches_are_gathered_ahead_and_no_more(prefetch):
+    inputs = slow_inputs(prefetch)
+    batches = inputs.batches(loader.blocks(np.arange(40), 4))
+    for taken in range(1, 4):
+        next(batches)
+        wait_until(lambda taken=taken: len(inputs.array.gathered) == taken + prefetch)
+        time.sleep(0.02)
+        assert len(inputs.array.gathered) == taken + prefetch
+    assert inputs.array.gathered == [list(range(start, start + 4)) for start in range(0, 4 * (3 + prefetch), 4)]
+    batches.close()
+
+
+def test_batches_come_in_order_and_the_thread_ends_with_them():
+    inputs = slow_inputs()
+    rows = np.random.default_rng(0).permutation(40)
+    found = list(inputs.batches(loader.blocks(rows, 7)))
+    assert np.array_equal(np.concatenate([r for r, _ in found]), rows) and len(found) == 6
+    for r, batch in found:
+        np.testing.assert_array_equal(batch.permute(0, 2, 3, 1), inputs.array.array[r])
+    assert not gather_threads()
+
+
+def test_no_batches():
+    assert list(slow_inputs().batches([])) == []
+
+
+def test_an_error_of_the_thread_comes_at_its_batch():
+    inputs = slow_inputs(bad=13)
+    seen = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for rows, _ in inputs.batches(loader.blocks(np.arange(40), 4)):
+            seen.append(rows[0])
+    assert seen == [0, 4, 8] and not gather_threads()
+
+
+@pytest.mark.parametrize("leave", ["break", "error"])
+@pytest.mark.parametrize("taken", [1, 3])
+def test_leaving_early_ends_the_thread_and_drops_what_was_ahead(leave, taken):
+    inputs = slow_inputs(prefetch=4)
+    inputs.array.leave = threading.Semaphore(taken)  # the gather after these hangs until it is let go
+    try:
+        for number, _ in enumerate(
+            loader.training_batches(config(train=TrainConfig(batch_size=4)), inputs, ROWS, 0), 1
+        ):
+            if number == taken:
+                threading.Timer(0.05, inputs.array.leave.release, (10,)).start()
+                if leave == "break":
+                    break
+                raise KeyError("the step failed")
+    except KeyError:
+        assert leave == "error"
+    assert not gather_threads() and len(inputs.array.gathered) <= taken + 1
+
+
+# Several processes
+
+
+def as_rank(monkeypatch, rank, world_size):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize("augmentation", ["none", "crop_flip", "strong"])
+def test_the_shares_of_all_processes_are_the_batches_of_one(world_size, placement, augmentation, monkeypatch):
+    cfg = config(augment=augmentation, strong=BLURRED)
+    inputs = loader.Inputs(image_split(shape=(20, 16, 3)), CPU, LoaderConfig(placement))
+    alone = list(loader.training_batches(cfg, inputs, ROWS, 4, 1))
+    shares = []
+    for rank in range(world_size):
+        as_rank(monkeypatch, rank, world_size)
+        shares.append(list(loader.training_batches(cfg, inputs, ROWS, 4, 1)))
+        assert [len(rows) for rows, _ in shares[-1]] == [8 * (rank + 1) // world_size - 8 * rank // world_size] * 3
+    for (rows, batch), *parts in zip(alone, *shares, strict=True):
+        assert np.array_equal(np.concatenate([r for r, _ in parts]), rows)
+        together = torch.cat([x for _, x in parts])
+        if augmentation == "strong":
+            torch.testing.assert_close(together, batch, atol=1e-6, rtol=0)
+        else:
+            assert torch.equal(together, batch)
 
 
 def test_free_bytes_is_a_sensible_number():
@@ -187,7 +399,8 @@ def view_config(n_views=3, **changes) -> Config:
 
 
 def views_of(cfg, split, rows) -> torch.Tensor:
-    batch = loader.view_batch(cfg, loader.Inputs(split, CPU), np.asarray(rows))
+    rows = np.asarray(rows)
+    batch = loader.view_batch(cfg, loader.Inputs(split, CPU).take(rows), rows)
     return batch.reshape(len(rows), cfg.filter.n_views, *batch.shape[1:])
 
 

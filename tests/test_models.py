@@ -217,6 +217,23 @@ def test_normalise_makes_zero_mean_and_unit_variance():
         torch.testing.assert_close(y.std(0, correction=0), torch.ones(y.shape[1]), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalise_is_subtraction_and_division(channels, dtype):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (9, channels, 7, 5), generator=generator, dtype=torch.uint8)
+    images = images if dtype == torch.uint8 else images / 255
+    mean, std = np.linspace(0.2, 0.6, channels), np.linspace(0.1, 0.3, channels)
+    expected = (images.double() / (255 if dtype == torch.uint8 else 1)).permute(0, 2, 3, 1).sub(torch.tensor(mean))
+    expected = (expected / torch.tensor(std)).permute(0, 3, 1, 2).float()
+    before = images.clone()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = models.Normalise(mean, std)(images.to(memory_format=layout))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, before)
+
+
 def test_normalise_by_hand():
     layer = models.Normalise(np.array([0.5]), np.array([0.25]))
     pixels = torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 1, 2)

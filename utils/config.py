@@ -63,6 +63,7 @@ class DataConfig:
     skip_unreadable: bool = False  # image folders: go on without the images that cannot be read
     download: bool = True  # let torchvision download a missing data set
     decode: str = "auto"  # image folders: once (into a file on disk) | always (on the fly) | auto (once if it fits)
+    workers: int = 0  # image folders: threads that decode; 0 = one a core, at most 16
 
     def __post_init__(self):
         check_choice("data.name", self.name, DATASETS)
@@ -71,6 +72,7 @@ class DataConfig:
         check_range("data.test_fraction", self.test_fraction, 0, 0.9, open_low=True)
         check_range("data.image_size", self.image_size, 0)
         check_choice("data.decode", self.decode, ["auto", "once", "always"])
+        check_range("data.workers", self.workers, 0)
 
 
 @dataclass
@@ -95,12 +97,10 @@ class LoaderConfig:
         "auto"  # auto (device if the images fit) | device (all on it, uint8) | host (copied batch by batch)
     )
     prefetch: int = 2  # placement host: batches made ready ahead of the step
-    workers: int = 0  # processes that decode image files; 0 = one a core, at most 16
 
     def __post_init__(self):
         check_choice("loader.placement", self.placement, ["auto", "device", "host"])
         check_range("loader.prefetch", self.prefetch, 1)
-        check_range("loader.workers", self.workers, 0)
 
 
 @dataclass
@@ -324,12 +324,14 @@ class MetricsConfig:
 class ReproduceConfig:
     labels: list[str] = field(default_factory=lambda: ["umap_hdbscan", "random", "oracle"])  # FN and MH learn from each
     alphas: list[float] = field(default_factory=lambda: [0.1, 0.9])  # MH is trained with each of these
+    processes: int = 1  # of this machine, one GPU each, that train and infer together (torchrun); 1 = without torchrun
 
     def __post_init__(self):
         for name in self.labels:
             check_name("reproduce.labels", name)
         for alpha in self.alphas:
             check_range("reproduce.alphas", alpha, 0, 1)
+        check_range("reproduce.processes", self.processes, 1)
 
 
 @dataclass

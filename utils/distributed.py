@@ -37,6 +37,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def refuse(script: str, instead: str) -> None:
+    """Raise UserError under torchrun, for scripts that it cannot spread."""
+    if world_size() > 1:
+        raise UserError(f"{script}: start it without torchrun; {instead}")
+
+
 def share(n: int) -> slice:
     """This process's part of n consecutive items; the parts of all ranks are in order, disjoint and even to one."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())

@@ -1,13 +1,18 @@
-"""Folders of images in any format Pillow opens, decoded once into a memory-mapped file (data.name: imagefolder)."""
+"""Folders of images in any format Pillow opens (data.name: imagefolder).
+
+They are decoded once into a memory-mapped file where the disk has room for it, else whenever they are read.
+"""
 
 import hashlib
 import io
 import json
+import math
 import os
 import re
+import shutil
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +27,9 @@ IMAGE_SUFFIXES = set(
     ".apng .avif .bmp .dds .dib .gif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pcx .pgm .png .pnm .ppm .qoi .sgi "
     ".tga .tif .tiff .webp .xbm .xpm".split()
 )
+
+DISK_SHARE = 0.8  # of the free disk that decoded pixels may take
+CHUNK = 8  # images that a thread decodes at a time; one each would spend half the time on handing over
 
 
 class ImageFile(NamedTuple):
@@ -54,7 +62,8 @@ def load_image_folder(cfg: DataConfig, cache_dir: Path | None) -> Dataset:
     for part in (slice(None, n_train), slice(n_train, None)):
         names = [files[row].name for row in rows[part]]
         known_fine = fine[rows[part]] if fine_names else None
-        splits.append(Split(images[part], coarse[rows[part]], known_fine, names, source_row[rows[part]]))
+        inputs = images.part(part) if isinstance(images, ImagesOnDemand) else images[part]
+        splits.append(Split(inputs, coarse[rows[part]], known_fine, names, source_row[rows[part]]))
     if not splits[1].n:
         raise UserError(f"data.root: {cfg.root} has no readable test image")
     return Dataset(*splits, coarse_names, fine_names, fine_to_coarse)
@@ -134,24 +143,76 @@ def _folder_classes(parts: list[list[ImageFile]], coarse_map: dict[str, list]):
     return coarse_names, fine_names, fine_to_coarse, labels_of
 
 
-def _load_images(cfg: DataConfig, files: list[ImageFile], cache_dir: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """Decode `files`, or map the cache an earlier process left: uint8 (M, H, W, 3), is_readable (len(files),) bool."""
-    if cache_dir is None:
-        sink = io.BytesIO()
-        info = _decode_all(cfg, files, sink)
-        pixels = np.frombuffer(sink.getbuffer(), np.uint8)
-    else:
+class ImagesOnDemand:
+    """Image files as an array (N, H, W, 3) uint8 whose rows are decoded whenever they are read.
+
+    Offers what this program uses of an array: shape, ndim, dtype, nbytes, len() and [int | slice | index array], which
+    give ndarrays.  Raises UserError where a file has been changed or removed since it was found readable.
+    """
+
+    dtype, ndim = np.dtype(np.uint8), 4
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int, int], cfg: DataConfig, pool: ThreadPoolExecutor):
+        self.paths, self.size, self.cfg, self.pool = np.array(paths, dtype=object), tuple(size), cfg, pool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (len(self), *self.size)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def part(self, rows: slice) -> "ImagesOnDemand":
+        """These rows, still to be decoded."""
+        return ImagesOnDemand(self.paths[rows], self.size, self.cfg, self.pool)
+
+    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+        if isinstance(rows, int | np.integer):
+            return self[[rows]][0]
+        paths = self.paths[rows]
+        pixels = np.empty((len(paths), *self.size), np.uint8)
+        for place, image in enumerate(_decode_in_order(self.pool, paths, self.cfg)):
+            if isinstance(image, str) or image.shape != self.size:
+                why = image if isinstance(image, str) else f"it is {_size(image.shape)} pixels now"
+                raise UserError(f"data.root: {paths[place]} cannot be read any more ({why}); start again")
+            pixels[place] = image
+        return pixels
+
+
+def _load_images(
+    cfg: DataConfig, files: list[ImageFile], cache_dir: Path | None
+) -> tuple[np.ndarray | ImagesOnDemand, np.ndarray]:
+    """The readable images of `files`, uint8 (M, H, W, 3), and is_readable (len(files),) bool.
+
+    Pixels are decoded here, or mapped from the cache that an earlier process left, or left to be decoded on demand; in
+    that case one pass over all files has found them readable, here or in an earlier process.
+    """
+    if cache_dir is not None:
         pixels_path, info = _cached_pixels(cfg, files, cache_dir)
-        pixels = np.memmap(pixels_path, np.uint8, "r")
+        pixels = np.memmap(pixels_path, np.uint8, "r") if pixels_path else None
+    else:
+        sink = None if cfg.decode == "always" else io.BytesIO()
+        info = _decode_all(cfg, files, sink)
+        pixels = np.frombuffer(sink.getbuffer(), np.uint8) if sink else None
     is_readable = np.ones(len(files), bool)
     is_readable[info["unreadable"]] = False
     if info["unreadable"]:
         print(f"data.skip_unreadable: {len(info['unreadable'])} of {len(files)} images left out", file=sys.stderr)
-    return pixels.reshape(-1, *info["shape"]), is_readable
+    if pixels is not None:
+        return pixels.reshape(-1, *info["shape"]), is_readable
+    paths = [Path(cfg.root, files[row].name) for row in np.flatnonzero(is_readable)]
+    return ImagesOnDemand(paths, info["shape"], cfg, _pool(cfg)), is_readable
 
 
-def _cached_pixels(cfg: DataConfig, files: list[ImageFile], cache_dir: Path) -> tuple[Path, dict]:
-    """The file of decoded pixels for exactly these image files and settings, made where it does not exist yet."""
+def _cached_pixels(cfg: DataConfig, files: list[ImageFile], cache_dir: Path) -> tuple[Path | None, dict]:
+    """The file of decoded pixels for exactly these image files and settings, made where it does not exist yet.
+
+    None in its place where images are to be decoded on demand; what is known of them is kept all the same.
+    """
     from filelock import FileLock
 
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -161,20 +222,50 @@ def _cached_pixels(cfg: DataConfig, files: list[ImageFile], cache_dir: Path) -> 
     stem = f"images-{key.hexdigest()[:24]}"
     pixels_path, info_path, temporary = (cache_dir / f"{stem}.{kind}" for kind in ("u8", "json", "tmp"))
     with FileLock(cache_dir / f"{stem}.lock"):  # processes that start together decode once
-        if not (info_path.is_file() and pixels_path.is_file()):
+        on_disk = cfg.decode != "always" and (pixels_path.is_file() or _fits_on_disk(cfg, files, cache_dir))
+        if not (info_path.is_file() and (pixels_path.is_file() or not on_disk)):
             try:
-                with open(temporary, "wb") as sink:
-                    info = _decode_all(cfg, files, sink)
-                os.replace(temporary, pixels_path)
+                if on_disk:
+                    with open(temporary, "wb") as sink:
+                        info = _decode_all(cfg, files, sink)
+                    os.replace(temporary, pixels_path)
+                else:
+                    info = _decode_all(cfg, files, None)
                 temporary.write_text(json.dumps(info))
-                os.replace(temporary, info_path)  # last: its presence says that the pixels are whole
+                os.replace(temporary, info_path)  # last: its presence says that the files were all looked at
             finally:
                 temporary.unlink(missing_ok=True)
-    return pixels_path, json.loads(info_path.read_text())
+    return pixels_path if on_disk else None, json.loads(info_path.read_text())
+
+
+def _fits_on_disk(cfg: DataConfig, files: list[ImageFile], cache_dir: Path) -> bool:
+    """Whether all pixels may be kept below `cache_dir`; says so where they may not.
+
+    Raises UserError for data.decode=once on a disk without room for them.
+    """
+    needed, free = len(files) * _bytes_an_image(cfg, files), shutil.disk_usage(cache_dir).free
+    sizes = f"{needed / 1e9:.2f} GB of pixels, {free / 1e9:.2f} GB free in {cache_dir}"
+    if cfg.decode == "once":
+        if needed > free:
+            raise UserError(f"data.decode: once does not fit on the disk ({sizes}); make room or use auto")
+        return True
+    if needed <= DISK_SHARE * free:
+        return True
+    print(f"data.decode: always ({sizes}: more than {DISK_SHARE:.0%})", file=sys.stderr)
+    return False
+
+
+def _bytes_an_image(cfg: DataConfig, files: list[ImageFile]) -> int:
+    if cfg.image_size:
+        return 3 * cfg.image_size**2
+    images = (decode_image(Path(cfg.root, file.name), 0) for file in files)
+    return next((image.nbytes for image in images if not isinstance(image, str)), 0)
 
 
 def _decode_all(cfg: DataConfig, files: list[ImageFile], sink) -> dict:
-    """Write the readable images' pixels to `sink` in order; returns {"shape": [H, W, 3], "unreadable": [rows]}.
+    """Write the readable images' pixels to `sink` in order, or only decode them where it is None.
+
+    Returns {"shape": [H, W, 3], "unreadable": [rows]}.
 
     Raises UserError naming every image that cannot be read unless data.skip_unreadable, and the first one whose size
     differs from the first image's.
@@ -182,16 +273,17 @@ def _decode_all(cfg: DataConfig, files: list[ImageFile], sink) -> dict:
     from tqdm import tqdm
 
     unreadable, first, odd = {}, None, ""
-    decoded = _decode_in_order([Path(cfg.root, file.name) for file in files], cfg.image_size)
-    for row, image in enumerate(tqdm(decoded, "decode", len(files), unit="image", disable=None)):
-        if isinstance(image, str):
-            unreadable[row] = f"{files[row].name} ({image})"
-            continue
-        first = first or (files[row].name, image.shape)
-        if image.shape == first[1]:
-            sink.write(image)
-        elif not odd:
-            odd = f"{files[row].name} is {_size(image.shape)} pixels but {first[0]} {_size(first[1])}"
+    with _pool(cfg) as pool:
+        decoded = _decode_in_order(pool, [Path(cfg.root, file.name) for file in files], cfg)
+        for row, image in enumerate(tqdm(decoded, "decode", len(files), unit="image", disable=None)):
+            if isinstance(image, str):
+                unreadable[row] = f"{files[row].name} ({image})"
+                continue
+            first = first or (files[row].name, image.shape)
+            if image.shape != first[1]:
+                odd = odd or f"{files[row].name} is {_size(image.shape)} pixels but {first[0]} {_size(first[1])}"
+            elif sink:
+                sink.write(image)
     if unreadable and (not cfg.skip_unreadable or first is None):
         listed = "; ".join(list(unreadable.values())[:20])
         more = f"; ... and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
@@ -208,17 +300,28 @@ def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
-def _decode_in_order(paths: list[Path], image_size: int) -> Iterator[np.ndarray | str]:
-    """What `decode_image` gives for each path, some threads ahead of the reader and no further: RAM stays bounded."""
-    n_threads = min(16, os.cpu_count() or 1)
-    with ThreadPoolExecutor(n_threads) as pool:
-        ahead = deque()
-        for path in paths:
-            ahead.append(pool.submit(decode_image, path, image_size))
-            if len(ahead) > 4 * n_threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+def _n_workers(cfg: DataConfig) -> int:
+    return cfg.workers or min(16, os.cpu_count() or 1)
+
+
+def _pool(cfg: DataConfig) -> ThreadPoolExecutor:
+    """Threads, as Pillow decodes outside the interpreter's lock: processes are no faster and must send the pixels."""
+    return ThreadPoolExecutor(_n_workers(cfg), "decode")
+
+
+def _decode_in_order(pool: ThreadPoolExecutor, paths: Sequence[Path], cfg: DataConfig) -> Iterator[np.ndarray | str]:
+    """What `decode_image` gives for each path, some chunks ahead of the reader and no further: RAM stays bounded."""
+    ahead = deque()
+    for start in range(0, len(paths), CHUNK):
+        ahead.append(pool.submit(_decode_chunk, list(paths[start : start + CHUNK]), cfg.image_size))
+        if len(ahead) > 4 * _n_workers(cfg):
+            yield from ahead.popleft().result()
+    while ahead:
+        yield from ahead.popleft().result()
+
+
+def _decode_chunk(paths: list[Path], image_size: int) -> list[np.ndarray | str]:
+    return [decode_image(path, image_size) for path in paths]
 
 
 def decode_image(path: Path, image_size: int) -> np.ndarray | str:

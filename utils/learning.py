@@ -79,7 +79,7 @@ class Task:
 
     @functools.cached_property
     def test_inputs(self) -> loader.Inputs:
-        return loader.Inputs(self.dataset.test, self.runtime.device)
+        return loader.Inputs(self.dataset.test, self.runtime.device, self.cfg.loader)
 
     def load_labels(self, source: str) -> PseudoLabels:
         """Raises UserError where the arrays do not fit the data set or no training row has a label."""
@@ -168,7 +168,7 @@ def open_task(cfg: Config, stage: OpenStage) -> Task:
     train_rows, val_rows = training.train_rows(cfg, dataset)
     if len(train_rows) < 2:
         raise UserError(f"data: {len(train_rows)} training rows are too few to train on")
-    inputs = loader.Inputs(dataset.train, runtime.device)
+    inputs = loader.Inputs(dataset.train, runtime.device, cfg.loader)
     labels = training.labels_on(runtime, dataset.train.coarse_labels)
     where = runtime.describe()
     print(

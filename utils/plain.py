@@ -18,22 +18,22 @@ N_WORKERS = 2
 
 
 def transform(image: np.ndarray, draws: Tensor, settings: CropFlipConfig) -> Tensor:
-    """One augmented image, by torchvision where it has the operation: (H, W, C) uint8 -> (C, H, W).
+    """One augmented image, by torchvision as far as crop and flips go: (H, W, C) uint8 -> (C, H, W).
 
-    draws: (n,) uniform in [0, 1), used as augment.apply uses them.
+    draws: (n_draws(settings),) uniform in [0, 1), used as augment.apply uses them.
     """
     from torchvision.transforms import functional
 
-    if augment.needs_floats(settings) or settings.cutout:
-        return augment.apply(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], draws[None], settings)[0]
-    picture = functional.to_pil_image(np.array(image))
-    height, width, padding = *image.shape[:2], settings.crop_padding
-    if padding:
-        top, left = (draws[:2] * (2 * padding + 1)).long().tolist()
-        picture = functional.crop(functional.pad(picture, padding), top, left, height, width)
-    if draws[2] < settings.hflip_p:
+    if augment.n_draws(settings) > augment.Draw.VFLIP + 1:
+        return augment.apply(torch.from_numpy(image).permute(2, 0, 1)[None], draws[None], settings)[0]
+    picture = functional.to_pil_image(image)
+    if settings.crop_padding:
+        top, left = (draws[:2] * (2 * settings.crop_padding + 1)).long().tolist()
+        padded = functional.pad(picture, settings.crop_padding)
+        picture = functional.crop(padded, top, left, *image.shape[:2])
+    if draws[augment.Draw.HFLIP] < settings.hflip_p:
         picture = functional.hflip(picture)
-    if draws[3] < settings.vflip_p:
+    if draws[augment.Draw.VFLIP] < settings.vflip_p:
         picture = functional.vflip(picture)
     return functional.pil_to_tensor(picture)
 

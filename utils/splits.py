@@ -17,7 +17,8 @@ TEST_DRAW, LIMIT_DRAW, VALIDATION_DRAW = 101, 102, 103  # keep the three draws i
 class Split:
     """The training or the test part of a data set; row i of every array is the same image."""
 
-    inputs: np.ndarray  # uint8 (N, H, W, C) images, C in {1, 3} (may be a read-only memmap), or float32 (N, D) vectors
+    # uint8 (N, H, W, C) images, C in {1, 3} (may be a read-only memmap or ImagesOnDemand), or float32 (N, D) vectors
+    inputs: np.ndarray
     coarse_labels: np.ndarray  # (N,) int64 in [0, K_C)
     fine_labels: np.ndarray | None  # (N,) int64 in [0, K_true), None where unknown
     names: list[str] | None  # image path relative to data.root (image folders), None elsewhere

@@ -26,7 +26,9 @@ from utils.data import data_signature
 # A producer and its consumer must agree on these; how a producer was trained is its own affair.
 SHARED_SETTINGS = ("seed", "data.", "model.")
 # Where the data lies and how fast it is read changes no result; the data's signature is compared instead.
-NEVER_COMPARED = ("data.root", "data.download", "data.decode", "features.batch_size", "filter.batch_size")
+NEVER_COMPARED = (
+    "data.root", "data.download", "data.decode", "data.workers", "features.batch_size", "filter.batch_size",
+)  # fmt: skip
 TRAINING = ("seed", "data.", "model.", "augment", "crop_flip.", "strong.", "train.", "precision")
 EMBEDDING = "normalize n_neighbors min_dist n_components metric n_epochs knn assign assign_k".split()
 HDBSCAN = """min_cluster_size min_samples cluster_selection_method cluster_selection_epsilon allow_single_cluster
@@ -301,11 +303,15 @@ class OpenStage:
             for _ in blocks:
                 pass
             return
-        with artifacts.streamed_array(self.path(name), shape, dtype) as array:
+        from tqdm import tqdm
+
+        bar = tqdm(desc=name, total=shape[0], unit=" rows", disable=None, leave=False)
+        with bar, artifacts.streamed_array(self.path(name), shape, dtype) as array:
             start = 0
             for block in blocks:
                 array[start : start + len(block)] = block
                 start += len(block)
+                bar.update(len(block))
             assert start == len(array), f"{name}: {start} of {len(array)} rows came"
 
     def input(self, relative: str) -> Path:

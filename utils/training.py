@@ -7,10 +7,11 @@ generator state: weights, optimiser, schedule and position are all there is.
 import copy
 import platform
 import signal
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -358,30 +359,18 @@ def mean_over_ranks(losses: Tensor) -> Tensor:
 def compiled_if_it_pays(
     runtime: Runtime, network: nn.Module, trained: nn.Module, example: tuple, loss_of, name: str, steps_left: int
 ) -> nn.Module | None:
-    """`trained` compiled, if the steps left end sooner with it, compilation included; measured here on one batch.
+    """`trained` compiled, if a trial on one batch shows that steps get faster by more than noise; otherwise None.
 
     Weights, statistics and gradients are left as they were.  Under torchrun rank 0 decides.
     """
-    rows, batch = example
     before = copy.deepcopy(network.state_dict())
     network.train()
-
-    def seconds_of_step(model: nn.Module, repeats: int) -> float:
-        times = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            with runtime.autocast():
-                loss = loss_of(model, batch, rows)
-            loss.backward()
-            loss.item()  # waits for the device
-            times.append(time.perf_counter() - started)
-        return sorted(times)[len(times) // 2]
-
     compiled = torch.compile(trained)
-    cost = seconds_of_step(compiled, 1)
-    eager_s, compiled_s = seconds_of_step(trained, 5), seconds_of_step(compiled, 5)
-    # What the trial cost is spent; 5 % is the noise of five steps.
-    pays = distributed.exchange(steps_left * compiled_s < 0.95 * steps_left * eager_s)[0]
+    (cost,) = timed_steps(runtime, compiled, example, loss_of, repeats=1)
+    eager_s, compiled_s = (
+        statistics.median(timed_steps(runtime, model, example, loss_of, repeats=5)) for model in (trained, compiled)
+    )
+    pays = distributed.exchange(compiled_s < 0.95 * eager_s)[0]
     print(
         f"{name}: torch.compile took {cost:.0f} s and makes a step {compiled_s * 1e3:.1f} ms instead of "
         f"{eager_s * 1e3:.1f}: {'on' if pays else 'off'} for the {steps_left:,} steps left",
@@ -390,6 +379,20 @@ def compiled_if_it_pays(
     network.load_state_dict(before)
     network.zero_grad(set_to_none=True)
     return compiled if pays else None
+
+
+def timed_steps(runtime: Runtime, network: nn.Module, example: tuple, loss_of, repeats: int) -> list[float]:
+    """Seconds of forward and backward passes on the example (rows, batch)."""
+    rows, batch = example
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        with runtime.autocast():
+            loss = loss_of(network, batch, rows)
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def one_cycle(
@@ -439,29 +442,30 @@ def predict(
     batch_size: images in a forward pass of one process.  Every process gets all rows, each having computed its share.
     """
     network.eval()
-    size = batch_size * distributed.world_size()
-    blocks = (rows[start : start + size] for start in range(0, len(rows), size))
 
-    def forward(block: np.ndarray) -> Tensor:
+    def forward(_, batch: Tensor) -> Tensor:
         with torch.inference_mode(), runtime.autocast():
-            return output(network(inputs.take(block[distributed.share(len(block))]))).float()
+            return output(network(batch)).float()
 
-    yield from one_behind(forward, blocks)
-
-
-def n_blocks(n: int, batch_size: int) -> int:
-    """How many arrays `predict` yields for n rows."""
-    return -(-n // (batch_size * distributed.world_size()))
+    yield from in_blocks(inputs, rows, batch_size, forward)
 
 
-def one_behind(forward: Callable[[np.ndarray], Tensor], blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield all processes' forward(block) as arrays, each fetched while the device already works on the next block."""
+def in_blocks(
+    inputs: loader.Inputs, rows: np.ndarray, size: int, forward: Callable[[np.ndarray, Tensor], Tensor]
+) -> Iterator[np.ndarray]:
+    """forward(rows (b,), their inputs) -> (b, ...) over all rows, `size` a process at once: arrays in row order.
+
+    Every process gets all rows' results, each having computed its share.  A result is fetched from the device while
+    the next one is being computed there.
+    """
+    blocks = list(loader.blocks(rows, size * distributed.world_size()))
+    own = inputs.batches(block[distributed.share(len(block))] for block in blocks)
     pending = None
-    for block in blocks:
-        result = forward(block)
+    for block, (part_rows, batch) in zip(blocks, own, strict=True):
+        part = forward(part_rows, batch)
         if pending is not None:
             yield distributed.gather_rows(*pending).numpy()
-        pending = result, len(block)
+        pending = part, len(block)
     if pending is not None:
         yield distributed.gather_rows(*pending).numpy()
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils import distributed, loader, plain, training
+from utils import loader, plain, training
 from utils.config import Config, FilterConfig
 
 TINY = 1e-12  # keeps log(0) finite; far below float32's resolution at 1
@@ -27,16 +27,14 @@ def view_probs(
         yield from plain.view_probs(cfg, runtime, network, inputs, rows)
         return
     network.eval()
-    size = max(1, cfg.filter.batch_size // cfg.filter.n_views) * distributed.world_size()
 
-    def forward(block: np.ndarray) -> Tensor:
-        own = block[distributed.share(len(block))]
+    def forward(own: np.ndarray, batch: Tensor) -> Tensor:
         with torch.inference_mode(), runtime.autocast():
-            views, index = loader.distinct_views(cfg, inputs, own)
+            views, index = loader.distinct_views(cfg, batch, own)
             probs = network(views).float().softmax(1)
             return probs[index].reshape(len(own), cfg.filter.n_views, -1)
 
-    yield from training.one_behind(forward, (rows[start : start + size] for start in range(0, len(rows), size)))
+    yield from training.in_blocks(inputs, rows, max(1, cfg.filter.batch_size // cfg.filter.n_views), forward)
 
 
 def entropy(probs: np.ndarray) -> np.ndarray:
