@@ -1,0 +1,188 @@
+"""A benchmark run for people: `python -m benchmarks.report FILE...` writes FILE's table (.md) and plot (.png) beside it."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.figures import FIGURES
+from utils import artifacts
+from utils.config import UserError, command_line
+from utils.figures import GREY, PALETTE, new_figure, style
+
+OURS, PEER = PALETTE[0], PALETTE[1]
+BAR_NAMES = {"loader": "loading and\naugmentation", "train": "training", "uncertainty": "uncertainty,\n5 views"}
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def table_row(name: str, figure: dict) -> str:
+    what = FIGURES[name].what
+    if "error" in figure:
+        return f"| {name} | {what} | | | | | | | failed: {figure['error'].replace('|', '/')} |"
+    ratios, target = figure.get("ratios") or [figure["ratio"]], figure["target"]
+    at_most = "at most " * FIGURES[name].at_most
+    reached = {None: "-", True: "yes", False: "no"}[FIGURES[name].reached(figure["ratio"], target)]
+    cells = [
+        name, what, number(figure.get("ours")), number(figure.get("peer")), figure.get("unit", ""),
+        f"**{number(figure['ratio'])}**", f"{number(min(ratios))} to {number(max(ratios))} ({len(ratios)})",
+        "-" if target is None else f"{at_most}{target:g}", reached,
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def details(name: str, figure: dict) -> list[str]:
+    """Lines below the table: what one ratio cannot say."""
+    lines = []
+    if shares := figure.get("shares"):
+        parts = ", ".join(f"{family} {share:.0%}" for family, share in shares.items())
+        lines.append(f"Where a training step's time goes: {parts}; operators are {figure['busy']:.0%} of the wall clock.")
+    if "filter_ratio" in figure:
+        text = (
+            f"Memory: {figure['measure']}; {figure['rows'][0]:,} and {figure['rows'][1]:,} images of "
+            f"{figure['image_bytes']:,} bytes, `loader.placement=host`. extract_features.py {figure['peer']:.0f} -> "
+            f"{figure['ours']:.0f} MB; uncertainty_filter.py ratio {figure['filter_ratio']:.3g}; the imports alone take "
+            f"{figure['baseline_mb']:.0f} MB."
+        )
+        if "default_ratio" in figure:
+            text += f" With the default placement the ratio is {figure['default_ratio']:.3g}."
+        lines.append(text)
+    if stages := figure.get("stage_seconds"):
+        parts = ", ".join(f"{s} {t['ours']:.1f} / {t['peer']:.1f}" for s, t in stages.items())
+        accuracies = ", ".join(
+            f"{s} {100 * ours:.2f} / {100 * figure['peer_accuracy'][s]:.2f}" for s, ours in figure["ours_accuracy"].items()
+        )
+        lines.append(
+            f"Pipeline ({figure['data']}), seconds of speed=fast / speed=plain: {parts}. Test accuracy, %: {accuracies}."
+        )
+    if slope := figure.get("slope"):
+        points = ", ".join(
+            f"{n:,} rows {s:.1f} s" for n, s in zip(figure["rows"], figure["curve_seconds"], strict=True)
+        )
+        lines.append(f"Clustering: {points}; slope {slope:.2f}.")
+    return lines
+
+
+def markdown(run: dict, plot_name: str) -> str:
+    """The table of one run, with where and with what it was measured."""
+    instructions = [n for n, has in (("AMX", run["amx"]), ("AVX512-BF16", run["avx512_bf16"])) if has]
+    on_cpu = run["device_type"] == "cpu"
+    versions = ", ".join(f"{library} {version}" for library, version in run["versions"].items())
+    state = " with local changes" * bool(run["dirty"])
+    lines = [
+        f"# Speed and memory: {run['device']}",
+        "",
+        "Sizes of `--quick`: they show that everything runs and are not for quoting.\n" if run["quick"] else "",
+        "| figure | ours / peer | ours | peer | unit | ratio (median) | spread (runs) | target | reached |",
+        "|---|---|--:|--:|---|--:|---|--:|---|",
+        *(table_row(name, figure) for name, figure in run["figures"].items()),
+        "",
+        *(f"{line}\n" for name, figure in run["figures"].items() for line in details(name, figure)),
+        f"![Throughput of both sides, clustering time and memory against rows]({plot_name})",
+        "",
+        f"{run['device']}, {run['threads']} threads, {run['precision']}; this CPU has "
+        f"{' and '.join(instructions) or 'neither AMX nor AVX512-BF16'}."
+        + (" The CPU targets were set for 2 cores with AMX." if on_cpu else ""),
+        "",
+        f"Made {run['date']} by `python -m benchmarks{' --quick' * run['quick']}`, commit {run['commit']}{state}; {versions}. "
+        "Both sides of a ratio run in turns in the same run.",
+    ]
+    return "\n".join(line for line in lines if line is not None) + "\n"
+
+
+def throughput(ax, figures: dict) -> None:
+    """Paired bars on a log axis, the ratio over each pair."""
+    names = list(figures)
+    places, width = np.arange(len(names)), 0.36
+    for side, colour, shift in (("ours", OURS, -width / 2), ("peer", PEER, width / 2)):
+        bars = ax.bar(places + shift, [figures[n][side] for n in names], width, color=colour, label=side)
+        ax.bar_label(bars, [number(figures[n][side]) for n in names], padding=1, fontsize=6.5, color=GREY)
+    highest = max(max(f["ours"], f["peer"]) for f in figures.values())
+    lowest = min(min(f["ours"], f["peer"]) for f in figures.values())
+    ax.set_yscale("log")
+    ax.set_ylim(lowest / 3, highest * 6)
+    ax.set_xticks(places, [f"{BAR_NAMES.get(n, n)}\n×{number(figures[n]['ratio'])}" for n in names])
+    ax.tick_params(axis="x", length=0)
+    ax.set_ylabel("images/s")
+    ax.set_title("Throughput")
+    ax.legend(loc="upper right", ncols=2)
+
+
+def scaling(ax, figure: dict) -> None:
+    """Seconds against rows, both log, with the fitted power and a line of slope 1."""
+    rows, seconds = np.array(figure["rows"], float), np.array(figure["curve_seconds"])
+    slope, intercept = np.polyfit(np.log(rows), np.log(seconds), 1)
+    ax.loglog(rows, seconds[0] * rows / rows[0], color=GREY, linestyle=":", label="slope 1")
+    ax.loglog(rows, np.exp(intercept) * rows**slope, color=OURS, label=f"fit, slope {slope:.2f}")
+    ax.loglog(rows, seconds, "o", color=OURS, markersize=4, label="measured")
+    label_rows(ax, rows)
+    ax.set_ylabel("seconds")
+    ax.set_title("Clustering time")
+    ax.legend(loc="upper left")
+
+
+def memory(ax, figure: dict) -> None:
+    rows = np.array(figure["rows"], float)
+    ax.semilogx(rows, figure["curve_mb"], "s-", color=PALETTE[2], markersize=4)
+    ax.set_ylim(0, 1.15 * max(figure["curve_mb"]))
+    label_rows(ax, rows)
+    ax.set_ylabel("peak memory, MB")
+    ax.set_title("Clustering memory")
+
+
+def label_rows(ax, rows: np.ndarray) -> None:
+    ax.set_xticks(rows, [f"{n / 1000:g}k" for n in rows])
+    ax.minorticks_off()
+    ax.set_xlabel("rows")
+
+
+def plot(run: dict):
+    """A figure of the panels that this run has numbers for; None where it has none."""
+    good = {name: figure for name, figure in run["figures"].items() if "error" not in figure}
+    panels = []
+    if images := {name: figure for name, figure in good.items() if figure.get("unit") == "images/s"}:
+        panels.append((throughput, images))
+    if "cluster_scale" in good:
+        panels += [(scaling, good["cluster_scale"]), (memory, good["cluster_scale"])]
+    if not panels:
+        return None
+    widths = [3.2 if draw is throughput else 2.1 for draw, _ in panels]
+    fig, axes = new_figure(1, len(panels), sum(widths), 2.6, width_ratios=widths)
+    for ax, (draw, content) in zip(axes[0], panels, strict=True):
+        draw(ax, content)
+    note = " (--quick sizes)" * run["quick"]
+    fig.suptitle(f"{run['device']}, {run['precision']}{note}", fontsize=8, color=GREY)
+    return fig
+
+
+def write(path: Path) -> list[Path]:
+    """Write the table and the plot of the run in JSON file `path` beside it."""
+    run = artifacts.load_json(path)
+    if not run.keys() >= {"figures", "device"}:
+        raise UserError(f"{path}: not written by `python -m benchmarks`")
+    table, picture = path.with_suffix(".md"), path.with_suffix(".png")
+    artifacts.save_text(table, markdown(run, picture.name))
+    with style():
+        if (fig := plot(run)) is not None:
+            buffer = io.BytesIO()
+            fig.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+            artifacts.save_bytes(picture, buffer.getvalue())
+    return [table, picture]
+
+
+@command_line
+def main(argv=None):
+    paths = [Path(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    if not paths or any(path.suffix != ".json" for path in paths):
+        raise UserError("usage: python -m benchmarks.report FILE.json...")
+    for path in paths:
+        print(*write(path))
+
+
+if __name__ == "__main__":
+    main()
