@@ -11,6 +11,7 @@ import datetime
 import importlib
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -99,7 +100,8 @@ def main(argv=None):
     from benchmarks import report
     from utils import artifacts
 
-    run = {"figures": {}, **describe(args.quick)}
+    command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)])
+    run = {"figures": {}, **describe(args.quick), "command": command}
     path = args.out and (RESULTS / f"bench-{slug(run['device'])}.json" if args.out == "auto" else Path(args.out))
     print(f"{run['device']}, {run['precision']}, {run['threads']} threads", file=sys.stderr)
     for name in [name for name in FIGURES if name in (args.only or FIGURES)]:

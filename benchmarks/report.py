@@ -1,4 +1,7 @@
-"""A benchmark run for people: `python -m benchmarks.report FILE...` writes FILE's table (.md) and plot (.png) beside it."""
+"""A benchmark run for people: the table (.md) and the plot (.png) beside its JSON.
+
+usage   python -m benchmarks.report results/bench-*.json
+"""
 
 import io
 import sys
@@ -12,7 +15,7 @@ from utils.config import UserError, command_line
 from utils.figures import GREY, PALETTE, new_figure, style
 
 OURS, PEER = PALETTE[0], PALETTE[1]
-BAR_NAMES = {"loader": "loading and\naugmentation", "train": "training", "uncertainty": "uncertainty,\n5 views"}
+BAR_NAMES = {"loader": "augmented\nbatches", "train": "training\nsteps", "uncertainty": "scoring\n5 views"}
 
 
 def number(value: float | None) -> str:
@@ -41,24 +44,26 @@ def details(name: str, figure: dict) -> list[str]:
     lines = []
     if shares := figure.get("shares"):
         parts = ", ".join(f"{family} {share:.0%}" for family, share in shares.items())
-        lines.append(f"Where a training step's time goes: {parts}; operators are {figure['busy']:.0%} of the wall clock.")
+        lines.append(
+            f"Where a training step's time goes: {parts}; operators are {figure['busy']:.0%} of the wall clock."
+        )
     if "filter_ratio" in figure:
-        text = (
+        lines.append(
             f"Memory: {figure['measure']}; {figure['rows'][0]:,} and {figure['rows'][1]:,} images of "
             f"{figure['image_bytes']:,} bytes, `loader.placement=host`. extract_features.py {figure['peer']:.0f} -> "
-            f"{figure['ours']:.0f} MB; uncertainty_filter.py ratio {figure['filter_ratio']:.3g}; the imports alone take "
-            f"{figure['baseline_mb']:.0f} MB."
+            f"{figure['ours']:.0f} MB; uncertainty_filter.py ratio {figure['filter_ratio']:.3g}; the imports alone "
+            f"take {figure['peaks_mb']['baseline'][0]:.0f} MB. With the default placement the ratio is "
+            f"{figure['default_ratio']:.3g}."
         )
-        if "default_ratio" in figure:
-            text += f" With the default placement the ratio is {figure['default_ratio']:.3g}."
-        lines.append(text)
     if stages := figure.get("stage_seconds"):
         parts = ", ".join(f"{s} {t['ours']:.1f} / {t['peer']:.1f}" for s, t in stages.items())
         accuracies = ", ".join(
-            f"{s} {100 * ours:.2f} / {100 * figure['peer_accuracy'][s]:.2f}" for s, ours in figure["ours_accuracy"].items()
+            f"{s} {100 * ours:.2f} / {100 * figure['peer_accuracy'][s]:.2f}"
+            for s, ours in figure["ours_accuracy"].items()
         )
         lines.append(
-            f"Pipeline ({figure['data']}), seconds of speed=fast / speed=plain: {parts}. Test accuracy, %: {accuracies}."
+            f"Pipeline ({figure['data']}), seconds of speed=fast / speed=plain: {parts}. "
+            f"Test accuracy, %: {accuracies}."
         )
     if slope := figure.get("slope"):
         points = ", ".join(
@@ -68,8 +73,8 @@ def details(name: str, figure: dict) -> list[str]:
     return lines
 
 
-def markdown(run: dict, plot_name: str) -> str:
-    """The table of one run, with where and with what it was measured."""
+def markdown(run: dict, plot_name: str | None) -> str:
+    """The table of one run, with where and with what it was measured; plot_name: the picture beside it, if any."""
     instructions = [n for n, has in (("AMX", run["amx"]), ("AVX512-BF16", run["avx512_bf16"])) if has]
     on_cpu = run["device_type"] == "cpu"
     versions = ", ".join(f"{library} {version}" for library, version in run["versions"].items())
@@ -77,36 +82,41 @@ def markdown(run: dict, plot_name: str) -> str:
     lines = [
         f"# Speed and memory: {run['device']}",
         "",
-        "Sizes of `--quick`: they show that everything runs and are not for quoting.\n" if run["quick"] else "",
+        *(["Sizes of `--quick`: they show that everything runs and are not for quoting.", ""] if run["quick"] else []),
         "| figure | ours / peer | ours | peer | unit | ratio (median) | spread (runs) | target | reached |",
         "|---|---|--:|--:|---|--:|---|--:|---|",
         *(table_row(name, figure) for name, figure in run["figures"].items()),
         "",
         *(f"{line}\n" for name, figure in run["figures"].items() for line in details(name, figure)),
-        f"![Throughput of both sides, clustering time and memory against rows]({plot_name})",
-        "",
+        *([f"![Throughput of both sides, clustering time and memory]({plot_name})", ""] if plot_name else []),
         f"{run['device']}, {run['threads']} threads, {run['precision']}; this CPU has "
         f"{' and '.join(instructions) or 'neither AMX nor AVX512-BF16'}."
         + (" The CPU targets were set for 2 cores with AMX." if on_cpu else ""),
         "",
-        f"Made {run['date']} by `python -m benchmarks{' --quick' * run['quick']}`, commit {run['commit']}{state}; {versions}. "
+        f"Made {run['date']} by `{run['command']}`, commit {run['commit']}{state}; {versions}. "
         "Both sides of a ratio run in turns in the same run.",
     ]
-    return "\n".join(line for line in lines if line is not None) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def plain_numbers(axis) -> None:
+    """10,000 instead of 10^4, which the figures' style, without mathematics, could not set."""
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: "")
 
 
 def throughput(ax, figures: dict) -> None:
-    """Paired bars on a log axis, the ratio over each pair."""
-    names = list(figures)
-    places, width = np.arange(len(names)), 0.36
+    """Paired bars on a log axis, each pair's ratio below it."""
+    places, width = np.arange(len(figures)), 0.4
+    rates = {side: [figure[side] for figure in figures.values()] for side in ("ours", "peer")}
     for side, colour, shift in (("ours", OURS, -width / 2), ("peer", PEER, width / 2)):
-        bars = ax.bar(places + shift, [figures[n][side] for n in names], width, color=colour, label=side)
-        ax.bar_label(bars, [number(figures[n][side]) for n in names], padding=1, fontsize=6.5, color=GREY)
-    highest = max(max(f["ours"], f["peer"]) for f in figures.values())
-    lowest = min(min(f["ours"], f["peer"]) for f in figures.values())
+        bars = ax.bar(places + shift, rates[side], width, color=colour, label=side)
+        ax.bar_label(bars, map(number, rates[side]), padding=1, fontsize=6, color=GREY)
+    everything = rates["ours"] + rates["peer"]
     ax.set_yscale("log")
-    ax.set_ylim(lowest / 3, highest * 6)
-    ax.set_xticks(places, [f"{BAR_NAMES.get(n, n)}\n×{number(figures[n]['ratio'])}" for n in names])
+    ax.set_ylim(min(everything) / 3, max(everything) * 8)  # room for the legend
+    plain_numbers(ax.yaxis)
+    ax.set_xticks(places, [f"{BAR_NAMES.get(n, n)}\n{number(f['ratio'])} times" for n, f in figures.items()])
     ax.tick_params(axis="x", length=0)
     ax.set_ylabel("images/s")
     ax.set_title("Throughput")
@@ -120,10 +130,12 @@ def scaling(ax, figure: dict) -> None:
     ax.loglog(rows, seconds[0] * rows / rows[0], color=GREY, linestyle=":", label="slope 1")
     ax.loglog(rows, np.exp(intercept) * rows**slope, color=OURS, label=f"fit, slope {slope:.2f}")
     ax.loglog(rows, seconds, "o", color=OURS, markersize=4, label="measured")
+    ax.set_yticks(ticks_1_2_5(seconds))
+    plain_numbers(ax.yaxis)
     label_rows(ax, rows)
     ax.set_ylabel("seconds")
     ax.set_title("Clustering time")
-    ax.legend(loc="upper left")
+    ax.legend(loc="lower right", handlelength=1.5)
 
 
 def memory(ax, figure: dict) -> None:
@@ -136,9 +148,23 @@ def memory(ax, figure: dict) -> None:
 
 
 def label_rows(ax, rows: np.ndarray) -> None:
-    ax.set_xticks(rows, [f"{n / 1000:g}k" for n in rows])
+    """The first row count and every later one that has room."""
+    wide = [rows[0]]
+    for n in rows[1:]:
+        if n >= 2.4 * wide[-1]:
+            wide.append(n)
+    ax.set_xticks(wide, [f"{n:,.0f}" for n in wide])
     ax.minorticks_off()
+    ax.set_xlim(rows[0] / 1.4, rows[-1] * 1.4)
     ax.set_xlabel("rows")
+
+
+def ticks_1_2_5(values: np.ndarray) -> list[float]:
+    """1, 2, 5, 10, ... from just below the least to just above the greatest of `values`."""
+    powers = 10.0 ** np.arange(np.floor(np.log10(values.min())), np.ceil(np.log10(values.max())) + 1)
+    ticks = np.outer(powers, [1, 2, 5]).ravel()
+    low, high = ticks[ticks <= values.min()].max(), ticks[ticks >= values.max()].min()
+    return [float(tick) for tick in ticks if low <= tick <= high]
 
 
 def plot(run: dict):
@@ -151,7 +177,7 @@ def plot(run: dict):
         panels += [(scaling, good["cluster_scale"]), (memory, good["cluster_scale"])]
     if not panels:
         return None
-    widths = [3.2 if draw is throughput else 2.1 for draw, _ in panels]
+    widths = [2.9 if draw is throughput else 2.2 for draw, _ in panels]
     fig, axes = new_figure(1, len(panels), sum(widths), 2.6, width_ratios=widths)
     for ax, (draw, content) in zip(axes[0], panels, strict=True):
         draw(ax, content)
@@ -166,13 +192,14 @@ def write(path: Path) -> list[Path]:
     if not run.keys() >= {"figures", "device"}:
         raise UserError(f"{path}: not written by `python -m benchmarks`")
     table, picture = path.with_suffix(".md"), path.with_suffix(".png")
-    artifacts.save_text(table, markdown(run, picture.name))
     with style():
-        if (fig := plot(run)) is not None:
+        fig = plot(run)
+        if fig is not None:
             buffer = io.BytesIO()
             fig.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
             artifacts.save_bytes(picture, buffer.getvalue())
-    return [table, picture]
+    artifacts.save_text(table, markdown(run, picture.name if fig else None))
+    return [table, *([picture] if fig else [])]
 
 
 @command_line

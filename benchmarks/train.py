@@ -21,9 +21,10 @@ STEPS = {"cpu": {True: 1, False: 4}, "cuda": {True: 50, False: 200}}  # in one t
 REPEATS = {True: 3, False: 7}
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices whose product is the limit
 PRODUCTS = {"cpu": 8, "cuda": 40}  # in one timed call
-# By the name of the operator or of the one that called it, the innermost first.
+DATA = "data of a step"  # a range in the profile
+# The first family that the operator or one of its callers has a part of its name in.
 FAMILIES = [
-    ("data", ("data",)),
+    ("data", (DATA,)),
     ("optimiser", ("sgd", "Optimizer", "_foreach")),
     ("convolution backward", ("convolution_backward", "ConvolutionBackward")),
     ("convolution forward", ("convolution",)),
@@ -50,7 +51,7 @@ def our_step(setting: Setting) -> Callable[[], None]:
         return training.cross_entropy(network(batch), labels(rows), cfg.train.label_smoothing)
 
     def step() -> None:
-        with torch.profiler.record_function("data"):
+        with torch.profiler.record_function(DATA):
             batch_rows, batch = next(batches)
         train_step(runtime, network, batch, batch_rows, loss_of, optimizer)
         schedule.step()
@@ -95,7 +96,9 @@ def peer_step(setting: Setting) -> Callable[[], None]:
 
     augment = [transforms.RandomCrop(SIDE, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     images = PilImages(setting, transforms.Compose(augment))
-    data = DataLoader(images, setting.cfg.train.batch_size, True, num_workers=2, drop_last=True, persistent_workers=True)
+    data = DataLoader(
+        images, setting.cfg.train.batch_size, True, num_workers=2, drop_last=True, persistent_workers=True
+    )
     batches, device = endless(lambda epoch: data), setting.runtime.device
     network = setting.network().to(device).train()
     train = setting.cfg.train
@@ -193,9 +196,10 @@ def shares(setting: Setting, step: Callable[[], None], n_steps: int) -> dict:
 
 def family_of(event) -> str:
     """event: a profiler's FunctionEvent."""
+    names = []
     while event is not None:
-        for name, parts in FAMILIES:
-            if any(part in event.name for part in parts):
-                return name
+        names.append(event.name)
         event = event.cpu_parent
-    return "other"
+    return next(
+        (family for family, parts in FAMILIES if any(part in name for part in parts for name in names)), "other"
+    )
