@@ -11,21 +11,17 @@ from utils.config import command_line, parse_config
 from utils.stages import open_stage
 
 
-def write_features(stage, name, runtime, backbone, split, batch_size):
-    """Stream the features of all rows of `split` into `<name>.npy`, so that memory does not grow with N."""
+def write_features(stage, name, runtime, backbone, inputs, n, batch_size):
+    """Stream the features of all n rows into `<name>.npy`, so that memory does not grow with n."""
     import numpy as np
     from tqdm import tqdm
 
-    from utils import artifacts, loader, training
+    from utils import training
 
-    inputs = loader.Inputs(split, runtime.device)
-    with artifacts.streamed_array(stage.path(f"{name}.npy"), (split.n, backbone.n_features), "float32") as array:
-        start = 0
-        batches = training.predict(runtime, backbone, inputs, np.arange(split.n), batch_size=batch_size)
-        for features in tqdm(batches, desc=name, total=-(-split.n // batch_size), disable=None, leave=False):
-            array[start : start + len(features)] = features.cpu().numpy()
-            start += len(features)
-    print(f"{name}: {split.n:,} x {backbone.n_features}", file=sys.stderr)
+    blocks = training.predict(runtime, backbone, inputs, np.arange(n), batch_size=batch_size)
+    steps = tqdm(blocks, desc=name, total=training.n_blocks(n, batch_size), disable=None, leave=False)
+    stage.stream_array(f"{name}.npy", (n, backbone.n_features), "float32", steps)
+    print(f"{name}: {n:,} x {backbone.n_features}", file=sys.stderr)
 
 
 @command_line
@@ -34,7 +30,7 @@ def main(argv=None):
     with open_stage(cfg, "features") as stage:
         if stage.finished:
             return
-        from utils import models, training
+        from utils import loader, models, training
         from utils.data import load_dataset
 
         runtime = training.pick_runtime(cfg)
@@ -42,7 +38,8 @@ def main(argv=None):
         path = stage.input(f"{cfg.features.source}/model.pt")
         backbone = runtime.place(models.load_backbone(cfg.model, dataset.train, path))
         for name, split in (("train", dataset.train), ("test", dataset.test)):
-            write_features(stage, name, runtime, backbone, split, cfg.features.batch_size)
+            inputs = loader.Inputs(split, runtime.device)
+            write_features(stage, name, runtime, backbone, inputs, split.n, cfg.features.batch_size)
         sizes = ", ".join(f"{split.n:,} x {backbone.n_features}" for split in (dataset.train, dataset.test))
         print(f"{stage.folder}: train, test {sizes}")
         stage.finish(cfg.command("uncertainty_filter.py"), **runtime.describe())

@@ -9,6 +9,8 @@ usage   python uncertainty_filter.py --config configs/digits.yaml filter.n_views
 from utils.config import UserError, command_line, parse_config
 from utils.stages import open_stage
 
+ROWS_AT_ONCE = 16_384  # of view_probs.npy, so that memory does not grow with the number of images
+
 
 def check_views_differ(cfg, is_vector):
     """Raise UserError where the score measures disagreement of views that are all the same."""
@@ -22,22 +24,40 @@ def check_views_differ(cfg, is_vector):
 def write_view_probs(cfg, stage, runtime, network, dataset):
     """Predict all views of all training images into view_probs.npy, a block of images at a time."""
     import numpy as np
-    import torch
     from tqdm import tqdm
 
-    from utils import artifacts, loader
+    from utils import loader, uncertainty
 
+    n = dataset.train.n
     inputs = loader.Inputs(dataset.train, runtime.device)
-    n, n_views = dataset.train.n, cfg.filter.n_views
-    block = max(1, cfg.filter.batch_size // n_views)
-    network.eval()
-    with artifacts.streamed_array(stage.path("view_probs.npy"), (n, n_views, dataset.K_C), "float32") as array:
-        for start in tqdm(range(0, n, block), desc="views", disable=None, leave=False):
-            rows = np.arange(start, min(start + block, n))
-            with torch.inference_mode(), runtime.autocast():
-                logits = network(loader.view_batch(cfg, inputs, rows))
-            probs = logits.float().softmax(1).reshape(len(rows), n_views, -1)
-            array[rows[0] : rows[-1] + 1] = probs.cpu().numpy()
+
+    def blocks():
+        with tqdm(desc="views", total=n, unit=" images", disable=None, leave=False) as bar:
+            for block in uncertainty.view_probs(cfg, runtime, network, inputs, np.arange(n)):
+                bar.update(len(block))
+                yield block
+
+    stage.stream_array("view_probs.npy", (n, cfg.filter.n_views, dataset.K_C), "float32", blocks())
+
+
+def write_scores(cfg, stage, labels):
+    """Write scores.npy and probs.npy from view_probs.npy, a block of rows at a time; return the scores (N,)."""
+    import numpy as np
+
+    from utils import artifacts, uncertainty
+
+    view_probs = artifacts.load_array(stage.folder / "view_probs.npy", len(labels), mmap=True)
+    scores = np.empty(len(labels), np.float32)
+
+    def mean_probs():
+        for start in range(0, len(labels), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            scores[part] = uncertainty.score_views(cfg.filter, view_probs[part], labels[part])
+            yield view_probs[part].mean(1)
+
+    stage.stream_array("probs.npy", (len(labels), view_probs.shape[2]), "float32", mean_probs())
+    stage.save_array("scores.npy", scores)
+    return scores
 
 
 def suspect_rows(dataset, mean_probs, is_val, min_prob):
@@ -61,7 +81,7 @@ def main(argv=None):
             return
         import numpy as np
 
-        from utils import artifacts, models, training, uncertainty
+        from utils import artifacts, distributed, models, training, uncertainty
         from utils.data import load_dataset
 
         runtime = training.pick_runtime(cfg)
@@ -70,20 +90,19 @@ def main(argv=None):
         check_views_differ(cfg, dataset.train.is_vector)
         network = runtime.place(models.load_network(cfg.model, dataset.train, dataset.K_C, path))
         write_view_probs(cfg, stage, runtime, network, dataset)
+        if not distributed.is_main():
+            return
 
-        view_probs = artifacts.load_array(stage.folder / "view_probs.npy", dataset.train.n)
         labels = dataset.train.coarse_labels
         train_rows, val_rows = training.train_rows(cfg, dataset)
-        scores = uncertainty.score_views(cfg.filter, view_probs, labels)
+        scores = write_scores(cfg, stage, labels)
+        mean_probs = artifacts.load_array(stage.folder / "probs.npy", dataset.train.n, mmap=True)
         kept = uncertainty.keep_most_certain(scores, labels, train_rows, cfg.filter.keep_fraction)
-        mean_probs = view_probs.mean(1)
         is_val = np.isin(np.arange(dataset.train.n), val_rows)
         suspects = suspect_rows(dataset, mean_probs, is_val, cfg.filter.suspect_min_prob)
         kept_scores = {name: scores[kept & (labels == k)] for k, name in enumerate(dataset.coarse_names)}
         threshold = {name: float(of_class.max()) for name, of_class in kept_scores.items() if len(of_class)}
         accuracy = float((mean_probs.argmax(1) == labels)[train_rows].mean())
-        stage.save_array("scores.npy", scores)
-        stage.save_array("probs.npy", mean_probs)
         stage.save_array("kept.npy", kept)
         stage.save_csv("suspects.csv", ["row", "image", "split", "given", "predicted", "probability"], suspects)
         stage.save_json("metrics.json", {

@@ -49,6 +49,7 @@ def forge(path: Path, content: np.ndarray | bytes) -> None:
 
 
 def history(folder: Path) -> list[dict]:
-    """The lines of history.jsonl without the two that measure time."""
+    """The lines of history.jsonl without what measures time."""
+    timed = ("seconds", "images_per_s", "waiting")
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_s")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]

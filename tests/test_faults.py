@@ -447,5 +447,5 @@ def test_history_is_whole_json_lines(small):
         for line in (small[1] / "small/seed0" / folder / "history.jsonl").read_text().splitlines():
             assert json.loads(line).keys() == {
                 "phase", "epoch", "epochs", "loss", "val_accuracy", "val_loss", "lr", "images_seen", "seconds",
-                "images_per_s",
+                "images_per_s", "waiting", "compiled",
             }  # fmt: skip

@@ -11,7 +11,7 @@ from conftest import planted_images
 from torch import nn
 from torch.nn import functional as F
 
-from utils import learning, loader, models, training
+from utils import artifacts, learning, loader, models, training
 from utils.config import Config, ModelConfig, TrainConfig, UserError
 from utils.splits import Dataset, Split
 
@@ -197,6 +197,9 @@ class StubStage:
     def path(self, name):
         return self.folder / name
 
+    def save_jsonl(self, name, lines):
+        artifacts.save_jsonl(self.folder / name, lines)
+
 
 N, D = 40, 3
 
@@ -286,7 +289,7 @@ def test_history_lines_have_the_promised_keys(problem):
     _, history = problem.fit(4, batch_size=20, images_before=1000)
     assert [line["epoch"] for line in history] == [1, 2] and {line["epochs"] for line in history} == {2}
     assert [line["images_seen"] for line in history] == [1040, 1080]
-    keys = "phase epoch epochs loss val_accuracy val_loss lr images_seen seconds images_per_s"
+    keys = "phase epoch epochs loss val_accuracy val_loss lr images_seen seconds images_per_s waiting compiled"
     assert all(list(line) == keys.split() for line in history)
 
 
@@ -358,7 +361,7 @@ def test_predict_is_in_row_order_in_eval_mode_and_without_augmentation():
     batches = list(training.predict(FP32, network, inputs, rows, batch_size=3))
     assert [len(batch) for batch in batches] == [3, 1]
     expected = network.eval()(torch.from_numpy(images[rows]).permute(0, 3, 1, 2))
-    torch.testing.assert_close(torch.cat(batches), expected)
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(batches)), expected)
     assert all(torch.equal(w, before[name]) for name, w in network.state_dict().items())
     probs = training.predict_probs(FP32, network, inputs, rows, output=lambda logits: logits[:, :2])
     np.testing.assert_allclose(probs, expected[:, :2].softmax(1).detach().numpy(), atol=1e-6)

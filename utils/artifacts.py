@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,11 @@ def save_jsonl(path: Path, lines: list[dict]) -> None:
     save_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
-def save_csv(path: Path, header: list[str], rows: list[list]) -> None:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    save_text(path, buffer.getvalue())
+def save_csv(path: Path, header: list[str], rows: Iterable[list]) -> None:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

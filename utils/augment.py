@@ -62,3 +62,7 @@ def crop_flip(images: Tensor, draws: Tensor, settings: CropFlipConfig) -> Tensor
     if settings.vflip_p:
         images = torch.where((draws[:, 3] < settings.vflip_p)[:, None, None, None], images.flip(-2), images)
     return images
+
+
+def only_flips(settings: CropFlipConfig) -> bool:
+    return not settings.crop_padding

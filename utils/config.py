@@ -552,17 +552,26 @@ def command_line(main):
         try:
             return main(argv)
         except UserError as error:
-            fail(str(error))
+            fail(f"error: {error}")
         except OSError as error:
-            fail(f"{error.filename or 'file system'}: {error.strerror or error}")
+            fail(f"error: {error.filename or 'file system'}: {error.strerror or error}")
         except KeyboardInterrupt as error:
             where = f": {error}" if str(error) else ""
-            print(f"interrupted{where}; run the same command to go on", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGINT) from None
+            fail(f"interrupted{where}; run the same command to go on", 128 + signal.SIGINT)
+        except RuntimeError as error:
+            from utils import distributed
+
+            if not distributed.lost_peer(error):
+                raise
+            fail("error: another process of this run has ended; the same command goes on from the last checkpoint", 1)
 
     return run
 
 
-def fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2) from None
+def fail(message: str, code: int = 2) -> None:
+    """Print one line and exit; under torchrun one process of the run prints it."""
+    from utils import distributed
+
+    if distributed.speaks():
+        print(" ".join(message.split()), file=sys.stderr, flush=True)
+    raise SystemExit(code) from None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import augment
+from utils import augment, distributed
 from utils.config import Config
 from utils.splits import Split
 
@@ -78,12 +78,13 @@ def training_batches(cfg: Config, inputs: Inputs, rows: np.ndarray, epoch: int, 
     """Yield (rows (B,) int64, inputs (B, ...)) of one epoch from `first_step` on, augmented as `cfg.augment` says."""
     batches = epoch_rows(rows, cfg.seed, epoch, cfg.train.batch_size)
     for step in range(first_step, len(batches)):
-        batch = inputs.take(batches[step])
+        own = distributed.share(batches.shape[1])
+        batch = inputs.take(batches[step][own])
         if cfg.augment == "crop_flip" and not inputs.is_vector:
-            positions = step * batches.shape[1] + torch.arange(batches.shape[1], device=inputs.device)
+            positions = (step * batches.shape[1] + torch.arange(batches.shape[1], device=inputs.device))[own]
             draws = augment.uniform(cfg.seed, augment.TRAIN, epoch, positions, n_draws=4, device=inputs.device)
             batch = augment.crop_flip(batch, draws, cfg.crop_flip)
-        yield batches[step], batch
+        yield batches[step][own], batch
 
 
 def view_batch(cfg: Config, inputs: Inputs, rows: np.ndarray) -> Tensor:
@@ -91,11 +92,38 @@ def view_batch(cfg: Config, inputs: Inputs, rows: np.ndarray) -> Tensor:
 
     The draws depend on (seed, row, view) only.  A vector has no flips or crops: its views are the vector itself.
     """
-    n_views = cfg.filter.n_views
-    batch = inputs.take(rows).repeat_interleave(n_views, dim=0)
+    batch = inputs.take(rows).repeat_interleave(cfg.filter.n_views, dim=0)
     if inputs.is_vector:
         return batch
+    return augment.crop_flip(batch, view_draws(cfg, inputs, rows), cfg.filter.views)
+
+
+def view_draws(cfg: Config, inputs: Inputs, rows: np.ndarray) -> Tensor:
+    """The uniform draws of all views of some rows: (B * V, n), by (seed, row, view) only."""
     row = torch.from_numpy(rows).to(inputs.device)[:, None]
-    view = torch.arange(n_views, device=inputs.device)[None, :]
-    draws = augment.uniform(cfg.seed, augment.VIEWS, row, view, n_draws=4, device=inputs.device)
-    return augment.crop_flip(batch, draws.reshape(-1, 4), cfg.filter.views)
+    view = torch.arange(cfg.filter.n_views, device=inputs.device)[None, :]
+    return augment.uniform(cfg.seed, augment.VIEWS, row, view, n_draws=4, device=inputs.device).reshape(-1, 4)
+
+
+def distinct_views(cfg: Config, inputs: Inputs, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The views of `view_batch` without repetitions: images (U, C, H, W), and which of them each view is (B * V,).
+
+    Views by flips alone are at most four different images a row, and a vector's are one. On CUDA U is rounded up to a
+    multiple of 64 by repeating the first, as cuDNN tunes itself anew for every batch size.
+    """
+    views, n_views = cfg.filter.views, cfg.filter.n_views
+    batch = inputs.take(rows)
+    if inputs.is_vector:
+        return batch, torch.arange(len(rows), device=inputs.device).repeat_interleave(n_views)
+    if not augment.only_flips(views):
+        return view_batch(cfg, inputs, rows), torch.arange(len(rows) * n_views, device=inputs.device)
+    draws = view_draws(cfg, inputs, rows)
+    flips = 2 * (draws[:, 2] < views.hflip_p) + (draws[:, 3] < views.vflip_p).long()
+    position = torch.arange(len(rows), device=inputs.device).repeat_interleave(n_views)
+    found, index = torch.unique(4 * position + flips, return_inverse=True)
+    if inputs.device.type == "cuda":
+        found = torch.cat([found, found[:1].expand(-len(found) % 64)])
+    images = batch[found // 4]
+    images = torch.where((found // 2 % 2 == 1)[:, None, None, None], images.flip(-1), images)
+    images = torch.where((found % 2 == 1)[:, None, None, None], images.flip(-2), images)
+    return images.contiguous(memory_format=torch.channels_last), index

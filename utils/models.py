@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils import artifacts
+from utils import artifacts, distributed
 from utils.config import ModelConfig, UserError
 from utils.splits import Split
 
@@ -202,11 +202,55 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"{path}: does not fit the network of this configuration ({reason})") from None
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of every process's tensor; as each one's loss depends on it, so is its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return distributed.sum_over_ranks(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return distributed.sum_over_ranks(gradient)
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation by the mean and variance over all processes of a run, as if the batch were in one.
+
+    torch.nn.SyncBatchNorm does the same on CUDA and refuses to run on a CPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        values = x.float()
+        count = distributed.sum_over_ranks(torch.tensor(float(values.numel() // values.shape[1])))
+        mean = SumOverProcesses.apply(values.sum((0, 2, 3))) / count
+        centred = values - mean[:, None, None]
+        variance = SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def share_statistics(network: nn.Module, is_cuda: bool) -> None:
+    """Make every batch normalisation of `network` one over all processes; its state_dict stays as it is."""
+    if is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        return
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SharedBatchNorm2d  # it adds no state, so the object can stay
+
+
 def freeze_all_but_norm_and_head(network: Network) -> None:
     """Only normalisation layers and the head keep learning (finetune.freeze)."""
     for parameter in network.backbone.parameters():
         parameter.requires_grad = False
     for module in network.backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             for parameter in module.parameters():
                 parameter.requires_grad = True

@@ -14,12 +14,12 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils import artifacts
+from utils import artifacts, distributed
 from utils.config import CLUSTER_METHODS, Config, UserError, flatten
 from utils.data import data_signature
 
@@ -270,17 +270,43 @@ class OpenStage:
             self.outputs.append(name)
         return self.folder / name
 
+    # Of several processes (torchrun) rank 0 alone writes; the others may call all of these.
+
     def save_array(self, name: str, array: Any) -> None:
-        artifacts.save_array(self.path(name), array)
+        if distributed.is_main():
+            artifacts.save_array(self.path(name), array)
 
     def save_json(self, name: str, content: Any) -> None:
-        artifacts.save_json(self.path(name), content)
+        if distributed.is_main():
+            artifacts.save_json(self.path(name), content)
 
-    def save_csv(self, name: str, header: list[str], rows: list[list]) -> None:
-        artifacts.save_csv(self.path(name), header, rows)
+    def save_jsonl(self, name: str, lines: list[dict]) -> None:
+        if distributed.is_main():
+            artifacts.save_jsonl(self.path(name), lines)
+
+    def save_csv(self, name: str, header: list[str], rows: Iterable[list]) -> None:
+        if distributed.is_main():
+            artifacts.save_csv(self.path(name), header, rows)
 
     def save_torch(self, name: str, content: Any) -> None:
-        artifacts.save_torch(self.path(name), content)
+        if distributed.is_main():
+            artifacts.save_torch(self.path(name), content)
+
+    def stream_array(self, name: str, shape: tuple[int, ...], dtype: Any, blocks: Iterable[Any]) -> None:
+        """Write an array whose consecutive rows come in `blocks`, so that memory does not grow with it.
+
+        Every rank must go through the blocks, as making one may take all of them.
+        """
+        if not distributed.is_main():
+            for _ in blocks:
+                pass
+            return
+        with artifacts.streamed_array(self.path(name), shape, dtype) as array:
+            start = 0
+            for block in blocks:
+                array[start : start + len(block)] = block
+                start += len(block)
+            assert start == len(array), f"{name}: {start} of {len(array)} rows came"
 
     def input(self, relative: str) -> Path:
         """The path of a checked input."""
@@ -289,6 +315,8 @@ class OpenStage:
 
     def finish(self, next_command: str, **how: Any) -> None:
         """Write the manifest, which makes the stage done, and name the next command."""
+        if not distributed.is_main():
+            return
         seconds = round(time.time() - self.started, 2)
         manifest = artifacts.make_manifest(
             self.cfg, self.spec.name, self.settings, self.inputs,
@@ -326,10 +354,24 @@ def open_stage(cfg: Config, name: str) -> Iterator[OpenStage]:
     Raises UserError for a missing, damaged or stale input, for results made with other settings (unless cfg.force), and
     where another process works in the folder.
     """
+    with distributed.group(), contextlib.ExitStack() as held:
+        with distributed.together():
+            stage = _survey(cfg, name)
+            if distributed.is_main():
+                held.enter_context(_lock(stage.folder))
+                stage.finished = _is_done(stage)
+                if not stage.finished:
+                    for leftover in stage.folder.glob(".*.tmp"):  # of a killed run; nobody else is writing here
+                        leftover.unlink()
+                    print(f"{stage.spec.script}: {cfg.name}, seed {cfg.seed} -> {stage.folder}", file=sys.stderr)
+        stage.finished = distributed.exchange(stage.finished)[0]
+        yield stage
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    stage = _survey(cfg, name)
-    folder = stage.folder
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -339,16 +381,16 @@ def open_stage(cfg: Config, name: str) -> Iterator[OpenStage]:
             f"{folder} is in use by another process; wait for it or choose another name= or seed="
         ) from None
     try:
-        if (folder / "manifest.json").is_file() and not cfg.force:
-            reason = stage.why_not_done()
-            if reason:
-                raise UserError(f"{reason}; --force redoes it")
-            stage.finished = True
-            print(f"{folder}: done already; --force redoes it")
-        if not stage.finished:
-            for leftover in folder.glob(".*.tmp"):  # of a killed run; the lock says that nobody else is writing
-                leftover.unlink()
-            print(f"{stage.spec.script}: {cfg.name}, seed {cfg.seed} -> {folder}", file=sys.stderr)
-        yield stage
+        yield
     finally:
         lock.release()
+
+
+def _is_done(stage: OpenStage) -> bool:
+    """Raises UserError where there is a result that does not fit, unless --force redoes it."""
+    if stage.cfg.force or not (stage.folder / "manifest.json").is_file():
+        return False
+    if reason := stage.why_not_done():
+        raise UserError(f"{reason}; --force redoes it")
+    print(f"{stage.folder}: done already; --force redoes it")
+    return True

@@ -4,12 +4,13 @@ Every random choice is a function of (seed, epoch, position) (see augment.py and
 generator state: weights, optimiser, schedule and position are all there is.
 """
 
+import copy
 import platform
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from utils import artifacts, loader
+from utils import artifacts, distributed, loader, models, plain
 from utils.config import Config, UserError
 from utils.metrics import coarse_scores
 from utils.splits import Dataset, validation_mask
@@ -32,20 +33,23 @@ class Runtime:
 
     device: torch.device
     bf16: bool
+    is_plain: bool = False  # speed=plain: contiguous tensors, no fused optimiser, a synchronisation each step
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def place(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device, memory_format=torch.channels_last)
+        memory_format = torch.contiguous_format if self.is_plain else torch.channels_last
+        return module.to(self.device, memory_format=memory_format)
 
     def describe(self) -> dict:
-        """For the manifest: device name, threads, precision."""
+        """For the manifest: device name, processes, threads, precision."""
         cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if cuda else artifacts.cpu_name()
         precision = "bf16" if self.bf16 else "fp32"
         return {
             "device": name,
+            "processes": distributed.world_size(),
             "threads": torch.get_num_threads(),
             "precision": precision,
             "platform": platform.platform(),
@@ -57,17 +61,24 @@ def pick_runtime(cfg: Config) -> Runtime:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     wanted = cfg.device if cfg.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and distributed.world_size() > 1:
+        wanted = f"cuda:{distributed.local_rank()}"  # each process of a machine has a GPU of its own
     device = torch.device(wanted)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(
             f"device: {wanted} is not on this machine ({torch.cuda.device_count()} CUDA devices); use device=cpu"
+            + (" or fewer processes" if distributed.world_size() > 1 else "")
         )
+    if cfg.speed == "plain" and distributed.world_size() > 1:
+        raise UserError("speed: plain is one process; start it without torchrun")
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         hardware = torch.cuda.is_bf16_supported(including_emulation=False)
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = cfg.speed == "fast"
     else:
         hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return Runtime(device, bf16=cfg.precision == "bf16" or (cfg.precision == "auto" and hardware))
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and hardware)
+    return Runtime(device, bf16, is_plain=cfg.speed == "plain")
 
 
 def train_rows(cfg: Config, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -118,6 +129,8 @@ class Checkpoint:
 
     def save(self, phase: str, state: dict) -> None:
         self.phases[phase] = state
+        if not distributed.is_main():
+            return
         seconds = time.time() - self.stage.started
         artifacts.save_torch(self.path, {"fingerprint": self.fingerprint, "seconds": seconds, "phases": self.phases})
         self.save_history()
@@ -125,16 +138,19 @@ class Checkpoint:
     def save_history(self) -> None:
         """Write history.jsonl; also at a stage's end, as a kill right after the last checkpoint would cost a line."""
         lines = [line for phase in self.phases.values() for line in phase["history"]]
-        artifacts.save_jsonl(self.stage.path("history.jsonl"), lines)
+        self.stage.save_jsonl("history.jsonl", lines)
 
 
 class Interruption:
-    """Turns SIGINT inside the block into a flag, so that the step in hand ends and its checkpoint is whole."""
+    """Turns SIGINT inside the block into a flag, so that the step in hand ends and its checkpoint is whole.
+
+    Not under torchrun: its processes get the signal at different steps and could not agree on one to save.
+    """
 
     def __enter__(self):
         self.wanted = False
-        self.is_main = threading.current_thread() is threading.main_thread()
-        if self.is_main:
+        self.is_caught = threading.current_thread() is threading.main_thread() and distributed.world_size() == 1
+        if self.is_caught:
             self.previous = signal.signal(signal.SIGINT, self._note)
         return self
 
@@ -142,7 +158,7 @@ class Interruption:
         self.wanted = True
 
     def __exit__(self, *_):
-        if self.is_main:
+        if self.is_caught:
             signal.signal(signal.SIGINT, self.previous)
 
 
@@ -177,6 +193,10 @@ def seed_weights(cfg: Config, purpose: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([cfg.seed, purpose]).generate_state(1)[0]))
 
 
+COMPILED_AT_FIRST = {"auto": None, "always": True, "never": False}  # None: undecided until the first epoch is timed
+COMPILE_TRIAL = 1200.0  # seconds left to train below which no trial is made: it takes one to two minutes itself
+
+
 def fit(
     cfg: Config,
     runtime: Runtime,
@@ -194,32 +214,30 @@ def fit(
     Raises UserError on a non-finite loss, naming the step; KeyboardInterrupt after SIGINT, when all is saved.
     """
     runtime.place(network)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=phase.lr,
-        momentum=cfg.train.momentum,
-        nesterov=cfg.train.momentum > 0,
-        weight_decay=cfg.train.weight_decay,
-    )
+    optimizer = make_optimizer(cfg, network, phase.lr)
     schedule = one_cycle(optimizer, phase.lr, phase.n_steps, cfg.train.warmup)
     per_epoch = loader.steps_in_epoch(len(phase.rows), cfg.train.batch_size)
     batch_size = min(cfg.train.batch_size, len(phase.rows))
     n_epochs = -(-phase.n_steps // per_epoch)
     state = checkpoint.phases.get(phase.name)
     if state is None:
-        state = {"step": 0, "lr": 0.0, "losses": [], "best": None, "best_epoch": 0, "history": [], "done": False}
+        state = {"step": 0, "lr": 0.0, "losses": [], "best": None, "best_epoch": 0, "history": [],
+                 "compiled": COMPILED_AT_FIRST[cfg.compile], "done": False}  # fmt: skip
     elif not state["done"]:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         print(f"{phase.name}: going on at step {state['step']} of {phase.n_steps}", file=sys.stderr)
 
+    trained = in_parallel(runtime, network)
+    if state["compiled"]:
+        trained = torch.compile(trained)
+
     def save(done: bool = False) -> None:
         live = {} if done else {
             "network": network.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()
         }  # fmt: skip
-        kept = {key: state[key] for key in ("step", "lr", "losses", "best", "best_epoch", "history")}
+        kept = {key: state[key] for key in ("step", "lr", "losses", "best", "best_epoch", "history", "compiled")}
         checkpoint.save(phase.name, {**kept, **live, "done": done})
 
     bar = tqdm(total=phase.n_steps, initial=state["step"], desc=phase.name, disable=None, leave=False)
@@ -231,19 +249,16 @@ def fit(
                 state["lr"] = schedule.get_last_lr()[0]
             losses = []
             network.train()
-            for rows, batch in loader.training_batches(cfg, inputs, phase.rows, phase.first_epoch + epoch, first_step):
-                with runtime.autocast():
-                    loss = loss_of(network, batch, rows)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
+            batches = Timed(batches_of_epoch(cfg, inputs, phase, epoch, first_step))
+            for rows, batch in batches:
+                loss = train_step(runtime, trained, batch, rows, loss_of, optimizer)
                 schedule.step()
-                losses.append(loss.detach())
+                losses.append(torch.tensor(loss.item()) if runtime.is_plain else loss)
                 state["step"] += 1
                 bar.update()
                 if interruption.wanted or state["step"] == phase.n_steps:
                     break
-            state["losses"] = state["losses"] + torch.stack(losses).float().tolist()
+            state["losses"] = state["losses"] + mean_over_ranks(torch.stack(losses)).tolist()
             check_finite(state["losses"], epoch * per_epoch, phase, epoch + 1)
             if interruption.wanted and state["step"] % per_epoch and state["step"] < phase.n_steps:
                 save()
@@ -256,6 +271,7 @@ def fit(
                 "val_accuracy": scores["accuracy"], "val_loss": scores["loss"], "lr": state["lr"],
                 "images_seen": phase.images_before + state["step"] * batch_size,
                 "seconds": round(seconds, 3), "images_per_s": round(n_images / seconds, 1),
+                "waiting": round(batches.seconds / seconds, 4), "compiled": bool(state["compiled"]),
             }  # fmt: skip
             state["history"].append(line)
             best_before = max((h["val_accuracy"] for h in state["history"][:-1]), default=-1.0)
@@ -263,11 +279,117 @@ def fit(
                 state["best"] = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
                 state["best_epoch"] = epoch + 1
             state["losses"] = []
+            if state["compiled"] is None:  # the answer goes into the checkpoint: a resumed run uses the same kernels
+                steps_left, faster = phase.n_steps - state["step"], None
+                if distributed.exchange(steps_left * seconds / len(losses) > COMPILE_TRIAL)[0]:
+                    example = rows, batch
+                    faster = compiled_if_it_pays(runtime, network, trained, example, loss_of, phase.name, steps_left)
+                state["compiled"], trained = faster is not None, faster or trained
             report_epoch(line, bar)
             save(done=state["step"] == phase.n_steps)
             if interruption.wanted:
                 raise KeyboardInterrupt(f"{phase.name} epoch {epoch + 1} of {n_epochs} is saved in {checkpoint.path}")
     return Fit(state["best"], state["best_epoch"], phase.images_before + phase.n_steps * batch_size)
+
+
+def make_optimizer(cfg: Config, network: nn.Module, lr: float) -> torch.optim.SGD:
+    """SGD with Nesterov momentum over the parameters that learn."""
+    return torch.optim.SGD(
+        [p for p in network.parameters() if p.requires_grad],
+        lr=lr,
+        momentum=cfg.train.momentum,
+        nesterov=cfg.train.momentum > 0,
+        weight_decay=cfg.train.weight_decay,
+        fused=cfg.speed == "fast",
+    )
+
+
+def train_step(runtime: Runtime, network: nn.Module, batch: Tensor, rows: np.ndarray, loss_of, optimizer) -> Tensor:
+    """One step of the optimiser; returns the loss as a scalar on the device, which nothing here waits for."""
+    with runtime.autocast():
+        loss = loss_of(network, batch, rows)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach().float()
+
+
+def batches_of_epoch(cfg: Config, inputs: loader.Inputs, phase: Phase, epoch: int, first_step: int) -> Iterator[tuple]:
+    """(rows, batch) of this process in one epoch of a phase, by the loader or by its slow reference."""
+    source = plain if cfg.speed == "plain" else loader
+    return source.training_batches(cfg, inputs, phase.rows, phase.first_epoch + epoch, first_step)
+
+
+class Timed:
+    """An iterator that adds up the `seconds` its consumer waits for it."""
+
+    def __init__(self, items: Iterator):
+        self.items, self.seconds = iter(items), 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        started = time.perf_counter()
+        try:
+            return next(self.items)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def in_parallel(runtime: Runtime, network: nn.Module) -> nn.Module:
+    """What to call in training instead of `network`: under torchrun gradients are averaged over the processes.
+
+    `network`'s batch statistics become those of the whole batch, so that a step is that of one process on all of it.
+    """
+    if distributed.world_size() == 1:
+        return network
+    is_cuda = runtime.device.type == "cuda"
+    models.share_statistics(network, is_cuda)
+    device_ids = [runtime.device.index] if is_cuda else None
+    return nn.parallel.DistributedDataParallel(network, device_ids=device_ids)
+
+
+def mean_over_ranks(losses: Tensor) -> Tensor:
+    """Each process's losses are its part of the global batch's, times the number of processes (see cross_entropy)."""
+    return distributed.sum_over_ranks(losses) / distributed.world_size()
+
+
+def compiled_if_it_pays(
+    runtime: Runtime, network: nn.Module, trained: nn.Module, example: tuple, loss_of, name: str, steps_left: int
+) -> nn.Module | None:
+    """`trained` compiled, if the steps left end sooner with it, compilation included; measured here on one batch.
+
+    Weights, statistics and gradients are left as they were.  Under torchrun rank 0 decides.
+    """
+    rows, batch = example
+    before = copy.deepcopy(network.state_dict())
+    network.train()
+
+    def seconds_of_step(model: nn.Module, repeats: int) -> float:
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            with runtime.autocast():
+                loss = loss_of(model, batch, rows)
+            loss.backward()
+            loss.item()  # waits for the device
+            times.append(time.perf_counter() - started)
+        return sorted(times)[len(times) // 2]
+
+    compiled = torch.compile(trained)
+    cost = seconds_of_step(compiled, 1)
+    eager_s, compiled_s = seconds_of_step(trained, 5), seconds_of_step(compiled, 5)
+    # What the trial cost is spent; 5 % is the noise of five steps.
+    pays = distributed.exchange(steps_left * compiled_s < 0.95 * steps_left * eager_s)[0]
+    print(
+        f"{name}: torch.compile took {cost:.0f} s and makes a step {compiled_s * 1e3:.1f} ms instead of "
+        f"{eager_s * 1e3:.1f}: {'on' if pays else 'off'} for the {steps_left:,} steps left",
+        file=sys.stderr,
+    )
+    network.load_state_dict(before)
+    network.zero_grad(set_to_none=True)
+    return compiled if pays else None
 
 
 def one_cycle(
@@ -297,7 +419,11 @@ def report_epoch(line: dict, bar: tqdm) -> None:
         return
     left = (line["epochs"] - line["epoch"]) * line["seconds"]
     head = f"{line['phase']:<10}{line['epoch']:>4}/{line['epochs']}"
-    print(f"{head}  {text}  {line['images_per_s']:,.0f} images/s  eta {left:.0f} s", file=sys.stderr, flush=True)
+    print(
+        f"{head}  {text}  {line['images_per_s']:,.0f} images/s ({line['waiting']:.0%} waiting)  eta {left:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def predict(
@@ -307,22 +433,44 @@ def predict(
     rows: np.ndarray,
     output=lambda y: y,
     batch_size: int = 512,
-) -> Iterator[Tensor]:
-    """Yield output(network(batch)) as float32 on the device, in row order, eval mode, without augmentation."""
+) -> Iterator[np.ndarray]:
+    """Yield output(network(batch)) as float32 arrays in row order, eval mode, without augmentation.
+
+    batch_size: images in a forward pass of one process.  Every process gets all rows, each having computed its share.
+    """
     network.eval()
-    with torch.inference_mode():
-        for start in range(0, len(rows), batch_size):
-            with runtime.autocast():
-                y = network(inputs.take(rows[start : start + batch_size]))
-            yield output(y).float()
+    size = batch_size * distributed.world_size()
+    blocks = (rows[start : start + size] for start in range(0, len(rows), size))
+
+    def forward(block: np.ndarray) -> Tensor:
+        with torch.inference_mode(), runtime.autocast():
+            return output(network(inputs.take(block[distributed.share(len(block))]))).float()
+
+    yield from one_behind(forward, blocks)
+
+
+def n_blocks(n: int, batch_size: int) -> int:
+    """How many arrays `predict` yields for n rows."""
+    return -(-n // (batch_size * distributed.world_size()))
+
+
+def one_behind(forward: Callable[[np.ndarray], Tensor], blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield all processes' forward(block) as arrays, each fetched while the device already works on the next block."""
+    pending = None
+    for block in blocks:
+        result = forward(block)
+        if pending is not None:
+            yield distributed.gather_rows(*pending).numpy()
+        pending = result, len(block)
+    if pending is not None:
+        yield distributed.gather_rows(*pending).numpy()
 
 
 def predict_probs(
     runtime: Runtime, network: nn.Module, inputs: loader.Inputs, rows: np.ndarray, output=lambda y: y
 ) -> np.ndarray:
     """(n, K) float32 softmax of the logits that `output` picks from the network's answer."""
-    probs = [p.softmax(1).cpu() for p in predict(runtime, network, inputs, rows, output)]
-    return torch.cat(probs).numpy()
+    return np.concatenate(list(predict(runtime, network, inputs, rows, lambda y: output(y).float().softmax(1))))
 
 
 def probability_scores(probs: np.ndarray, labels: np.ndarray) -> dict:
@@ -332,12 +480,17 @@ def probability_scores(probs: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Mean over the rows whose label is not -1; 0 where there is none."""
+    """Mean over the rows whose label is not -1; 0 where there is none.
+
+    Of several processes each gets its rows' part of the whole batch's mean times their number: averaged over them, as
+    DistributedDataParallel averages gradients, it is that mean.
+    """
     total = F.cross_entropy(logits.float(), labels, ignore_index=-1, label_smoothing=smoothing, reduction="sum")
-    return total / (labels >= 0).sum().clamp(min=1)
+    count = distributed.sum_over_ranks((labels >= 0).sum())
+    return total * distributed.world_size() / count.clamp(min=1)
 
 
 def labels_on(runtime: Runtime, labels: np.ndarray) -> Callable[[np.ndarray], Tensor]:
     """A look-up from rows (B,) to their labels (B,) int64 on the device."""
     resident = torch.from_numpy(labels).to(runtime.device)
-    return lambda rows: resident[torch.from_numpy(rows).to(runtime.device)]
+    return lambda rows: resident[torch.from_numpy(rows).to(runtime.device, non_blocking=True)]

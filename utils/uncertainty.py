@@ -3,11 +3,40 @@
 All scores grow with uncertainty, so that "the smallest are kept" holds for each.
 """
 
-import numpy as np
+from collections.abc import Iterator
 
-from utils.config import FilterConfig
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils import distributed, loader, plain, training
+from utils.config import Config, FilterConfig
 
 TINY = 1e-12  # keeps log(0) finite; far below float32's resolution at 1
+
+
+def view_probs(
+    cfg: Config, runtime: training.Runtime, network: nn.Module, inputs: loader.Inputs, rows: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Softmax of `network` on cfg.filter.n_views augmented views of each row: (b, V, K) float32 blocks in row order.
+
+    View v of row i depends on (seed, i, v) only. Views that are the same image are computed once: flips alone make at
+    most four. Every process gets all blocks, each having computed its share of the rows.
+    """
+    if runtime.is_plain:
+        yield from plain.view_probs(cfg, runtime, network, inputs, rows)
+        return
+    network.eval()
+    size = max(1, cfg.filter.batch_size // cfg.filter.n_views) * distributed.world_size()
+
+    def forward(block: np.ndarray) -> Tensor:
+        own = block[distributed.share(len(block))]
+        with torch.inference_mode(), runtime.autocast():
+            views, index = loader.distinct_views(cfg, inputs, own)
+            probs = network(views).float().softmax(1)
+            return probs[index].reshape(len(own), cfg.filter.n_views, -1)
+
+    yield from training.one_behind(forward, (rows[start : start + size] for start in range(0, len(rows), size)))
 
 
 def entropy(probs: np.ndarray) -> np.ndarray:
