@@ -69,7 +69,7 @@ def describe(quick: bool) -> dict:
 
 
 def measure(name: str, quick: bool, device_type: str) -> dict:
-    """The figure's own dict with its target and what it cost in seconds; {'error': one line} where it failed."""
+    """The figure's own dict with its target and the seconds it took; {'error': one line} where it failed."""
     figure, started = FIGURES[name], time.perf_counter()
     try:
         module = importlib.import_module(f"benchmarks.{figure.module}")
@@ -77,7 +77,7 @@ def measure(name: str, quick: bool, device_type: str) -> dict:
     except (Exception, SystemExit) as error:  # whatever one figure does, the others are still wanted
         traceback.print_exc()
         result = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
-    return {**result, "target": figure.target(device_type), "seconds": round(time.perf_counter() - started, 1)}
+    return {**result, "target": figure.target(device_type), "took_s": round(time.perf_counter() - started, 1)}
 
 
 def line_of(name: str, figure: dict) -> str:
@@ -86,7 +86,7 @@ def line_of(name: str, figure: dict) -> str:
     target = "none" if figure["target"] is None else f"{figure['target']:g}"
     sides = "  ".join(f"{side} {figure[side]:,.4g}" for side in ("ours", "peer") if side in figure)
     unit = figure.get("unit", "")
-    return f"{name:<15} {figure['ratio']:8.3g}  target {target:<5} {sides} {unit}  ({figure['seconds']} s)"
+    return f"{name:<15} {figure['ratio']:8.3g}  target {target:<5} {sides} {unit}  ({figure['took_s']} s)"
 
 
 def slug(device: str) -> str:

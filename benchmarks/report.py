@@ -65,11 +65,9 @@ def details(name: str, figure: dict) -> list[str]:
             f"Pipeline ({figure['data']}), seconds of speed=fast / speed=plain: {parts}. "
             f"Test accuracy, %: {accuracies}."
         )
-    if slope := figure.get("slope"):
-        points = ", ".join(
-            f"{n:,} rows {s:.1f} s" for n, s in zip(figure["rows"], figure["curve_seconds"], strict=True)
-        )
-        lines.append(f"Clustering: {points}; slope {slope:.2f}.")
+    if name == "cluster_scale":
+        curve = zip(figure["rows"], figure["seconds"], figure["peak_mb"], strict=True)
+        lines.append("Clustering: " + ", ".join(f"{n:,} rows {s:.1f} s {mb:,.0f} MB" for n, s, mb in curve) + ".")
     return lines
 
 
@@ -125,9 +123,10 @@ def throughput(ax, figures: dict) -> None:
 
 def scaling(ax, figure: dict) -> None:
     """Seconds against rows, both log, with the fitted power and a line of slope 1."""
-    rows, seconds = np.array(figure["rows"], float), np.array(figure["curve_seconds"])
+    rows, seconds = np.array(figure["rows"], float), np.array(figure["seconds"])
     slope, intercept = np.polyfit(np.log(rows), np.log(seconds), 1)
-    ax.loglog(rows, seconds[0] * rows / rows[0], color=GREY, linestyle=":", label="slope 1")
+    middle = np.exp(np.log(seconds).mean() - np.log(rows).mean())
+    ax.loglog(rows, middle * rows, color=GREY, linestyle=":", label="slope 1")
     ax.loglog(rows, np.exp(intercept) * rows**slope, color=OURS, label=f"fit, slope {slope:.2f}")
     ax.loglog(rows, seconds, "o", color=OURS, markersize=4, label="measured")
     ax.set_yticks(ticks_1_2_5(seconds))
@@ -135,13 +134,14 @@ def scaling(ax, figure: dict) -> None:
     label_rows(ax, rows)
     ax.set_ylabel("seconds")
     ax.set_title("Clustering time")
-    ax.legend(loc="lower right", handlelength=1.5)
+    ax.set_ylim(top=seconds.max() * 3)  # the upper left is free for the legend
+    ax.legend(loc="upper left", handlelength=1.5)
 
 
 def memory(ax, figure: dict) -> None:
     rows = np.array(figure["rows"], float)
-    ax.semilogx(rows, figure["curve_mb"], "s-", color=PALETTE[2], markersize=4)
-    ax.set_ylim(0, 1.15 * max(figure["curve_mb"]))
+    ax.semilogx(rows, figure["peak_mb"], "s-", color=PALETTE[2], markersize=4)
+    ax.set_ylim(0, 1.15 * max(figure["peak_mb"]))
     label_rows(ax, rows)
     ax.set_ylabel("peak memory, MB")
     ax.set_title("Clustering memory")
@@ -151,19 +151,19 @@ def label_rows(ax, rows: np.ndarray) -> None:
     """The first row count and every later one that has room."""
     wide = [rows[0]]
     for n in rows[1:]:
-        if n >= 2.4 * wide[-1]:
+        if n >= 2 * wide[-1]:
             wide.append(n)
-    ax.set_xticks(wide, [f"{n:,.0f}" for n in wide])
+    ax.set_xticks(wide, [f"{n / 1000:g}k" for n in wide])
     ax.minorticks_off()
     ax.set_xlim(rows[0] / 1.4, rows[-1] * 1.4)
     ax.set_xlabel("rows")
 
 
 def ticks_1_2_5(values: np.ndarray) -> list[float]:
-    """1, 2, 5, 10, ... from just below the least to just above the greatest of `values`."""
+    """1, 2, 5, 10, ... from just below the least to the greatest of `values`."""
     powers = 10.0 ** np.arange(np.floor(np.log10(values.min())), np.ceil(np.log10(values.max())) + 1)
     ticks = np.outer(powers, [1, 2, 5]).ravel()
-    low, high = ticks[ticks <= values.min()].max(), ticks[ticks >= values.max()].min()
+    low, high = ticks[ticks <= values.min()].max(), values.max()
     return [float(tick) for tick in ticks if low <= tick <= high]
 
 

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.setting import SIDE, Setting, endless, open_setting
 from benchmarks.timing import compare
 from utils import loader, training
-from utils.config import Config
 
 LEARNING_RATE = 0.01
 N_ROWS = {"cpu": 5_000, "cuda": 60_000}
@@ -39,12 +38,12 @@ def open_train() -> Setting:
 
 
 def our_step(setting: Setting) -> Callable[[], None]:
-    """One training step a call, made of what `training.fit` is made of."""
+    """One training step a call, as `training.fit` takes them."""
     cfg, runtime = setting.cfg, setting.runtime
     network, inputs = runtime.place(setting.network()).train(), setting.inputs()
     labels, rows = training.labels_on(runtime, setting.split.coarse_labels), np.arange(setting.split.n)
     batches = endless(lambda epoch: loader.training_batches(cfg, inputs, rows, epoch))
-    optimizer = make_optimizer(cfg, network, LEARNING_RATE)
+    optimizer = training.make_optimizer(cfg, network, LEARNING_RATE)
     schedule = training.one_cycle(optimizer, LEARNING_RATE, 10**6, cfg.train.warmup)
 
     def loss_of(network: nn.Module, batch: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
@@ -53,25 +52,10 @@ def our_step(setting: Setting) -> Callable[[], None]:
     def step() -> None:
         with torch.profiler.record_function(DATA):
             batch_rows, batch = next(batches)
-        train_step(runtime, network, batch, batch_rows, loss_of, optimizer)
+        training.train_step(runtime, network, batch, batch_rows, loss_of, optimizer)
         schedule.step()
 
     return step
-
-
-def make_optimizer(cfg: Config, network: nn.Module, lr: float) -> torch.optim.SGD:
-    train = cfg.train
-    return torch.optim.SGD(
-        network.parameters(), lr, train.momentum, nesterov=True, weight_decay=train.weight_decay, fused=True
-    )
-
-
-def train_step(runtime: training.Runtime, network: nn.Module, batch, rows, loss_of, optimizer) -> None:
-    with runtime.autocast():
-        loss = loss_of(network, batch, rows)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
 
 
 class PilImages(Dataset):
@@ -179,6 +163,7 @@ def shares(setting: Setting, step: Callable[[], None], n_steps: int) -> dict:
 
     Time is the device's on a GPU and the calling thread's on a CPU.
     """
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
@@ -187,7 +172,8 @@ def shares(setting: Setting, step: Callable[[], None], n_steps: int) -> dict:
         repeated(setting, step, n_steps)()
         wall = time.perf_counter() - started
     spent = dict.fromkeys([*(name for name, _ in FAMILIES), "other"], 0.0)
-    for event in profiled.events():
+    # A kernel's time is its operator's already: the events of the device itself would count it twice.
+    for event in (event for event in profiled.events() if event.device_type == DeviceType.CPU):
         microseconds = event.self_device_time_total if setting.on_gpu else event.self_cpu_time_total
         spent[family_of(event)] += microseconds
     total = sum(spent.values())

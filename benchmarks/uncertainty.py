@@ -1,15 +1,13 @@
 """Scoring augmented views: batches of images x views against one image at a time, as the original does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks.setting import Setting, open_setting
 from benchmarks.timing import compare
-from utils import loader, training
-from utils.config import Config
+from utils.uncertainty import view_probs
 
 N_VIEWS = 5
 N_IMAGES = {"cpu": {True: 60, False: 306}, "cuda": {True: 1_000, False: 4_000}}  # in one timed call; True = --quick
@@ -19,19 +17,8 @@ REPEATS = {True: 3, False: 7}
 def our_scoring(setting: Setting) -> Callable[[], np.ndarray]:
     """All views of all images a call, as uncertainty_filter.py predicts them: (N, V, K_C) float32."""
     network, inputs = setting.runtime.place(setting.network()), setting.inputs()
-    rows = np.arange(setting.split.n)
-    return lambda: np.concatenate(list(view_probs(setting.cfg, setting.runtime, network, inputs, rows)))
-
-
-def view_probs(cfg: Config, runtime: training.Runtime, network: nn.Module, inputs, rows: np.ndarray) -> Iterator:
-    """Yield (b, V, K) float32 probabilities of blocks of images."""
-    network.eval()
-    block = max(1, cfg.filter.batch_size // cfg.filter.n_views)
-    for start in range(0, len(rows), block):
-        of_block = rows[start : start + block]
-        with torch.inference_mode(), runtime.autocast():
-            logits = network(loader.view_batch(cfg, inputs, of_block))
-        yield logits.float().softmax(1).reshape(len(of_block), cfg.filter.n_views, -1).cpu().numpy()
+    how = setting.cfg, setting.runtime, network, inputs, np.arange(setting.split.n)
+    return lambda: np.concatenate(list(view_probs(*how)))
 
 
 def peer_scoring(setting: Setting) -> Callable[[], np.ndarray]:

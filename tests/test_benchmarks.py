@@ -221,7 +221,7 @@ def test_a_run_writes_json_table_and_plot(stubs, tmp_path, capsys):
     command.main(["--quick", "--only", "good", "--device", "cpu", "--out", str(tmp_path / "out.json")])
     run = json.loads((tmp_path / "out.json").read_text())
     assert run.keys() == RUN.keys() | {"figures"} and run["quick"] is True
-    assert run["figures"]["good"].keys() == KEYS | {"target", "seconds"}
+    assert run["figures"]["good"].keys() == KEYS | {"target", "took_s"}
     assert capsys.readouterr().out.startswith("good ")
     assert "| good | good / peer |" in (tmp_path / "out.md").read_text()
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -267,12 +267,12 @@ def test_targets_are_bounds_from_the_right_side():
 
 def figure_of(ours: float, peer: float, unit: str, **more) -> dict:
     return {"ratio": ours / peer, "ours": ours, "peer": peer, "unit": unit, "ratios": [ours / peer], "target": 2.0,
-            "seconds": 1.0, **more}  # fmt: skip
+            "took_s": 1.0, **more}  # fmt: skip
 
 
 @pytest.fixture
 def full_run() -> dict:
-    scale = {"slope": 1.1, "rows": [1000, 2000, 8000], "curve_seconds": [1.0, 2.1, 9.9], "curve_mb": [500, 510, 550]}
+    scale = {"rows": [1000, 2000, 8000], "seconds": [1.0, 2.1, 9.9], "peak_mb": [500, 510, 550]}
     stages = {stage: {"ours": 1.0, "peer": 2.0} for stage in pipeline.STAGES}
     accuracy = {stage: 0.875 for stage in pipeline.LEARNERS}
     peaks = {"filter_ratio": 1.1, "default_ratio": 1.9, "peaks_mb": {"baseline": [200.0]}, "rows": [10, 100]}
@@ -280,7 +280,7 @@ def full_run() -> dict:
         "train": figure_of(300, 100, "images/s"),
         "train_limit": figure_of(0.1, 0.4, "TFLOP/s", shares={"data": 0.25, "other": 0.75}, busy=0.5),
         "uncertainty": figure_of(123456, 100, "images/s"),
-        "cluster_scale": figure_of(1.1, 1, "", **scale),
+        "cluster_scale": {"ratio": 1.1, "unit": "log s / log rows", "target": 1.2, "took_s": 9.0, **scale},
         "extract_memory": figure_of(210, 200, "MB", **peaks, image_bytes=9, measure="peak anonymous memory"),
         "pipeline": figure_of(
             10, 20, "s", stage_seconds=stages, ours_accuracy=accuracy, peer_accuracy=accuracy, data="digits.yaml"
@@ -294,15 +294,15 @@ def test_report_remakes_table_and_plot_from_a_json(full_run, tmp_path, capsys):
     path.write_text(json.dumps(full_run))
     report.main([str(path)])
     text = path.with_suffix(".md").read_text()
-    for part in ("data 25%, other 75%", "slope 1.10", "87.50 / 87.50", "123,456", "AVX512-BF16", "with local changes",
-                 "default placement the ratio is 1.9", "](run.png)"):  # fmt: skip
+    for part in ("data 25%, other 75%", "8,000 rows 9.9 s 550 MB", "87.50 / 87.50", "123,456", "AVX512-BF16",
+                 "with local changes", "default placement the ratio is 1.9", "](run.png)"):  # fmt: skip
         assert part in text
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert len(report.plot(full_run).axes) == 3
 
 
 def test_without_a_figure_to_draw_there_is_no_plot(full_run, tmp_path):
-    full_run["figures"] = {"pipeline": {"error": "RuntimeError: a | b", "target": 3, "seconds": 1.0}}
+    full_run["figures"] = {"pipeline": {"error": "RuntimeError: a | b", "target": 3, "took_s": 1.0}}
     path = tmp_path / "run.json"
     path.write_text(json.dumps(full_run))
     assert report.write(path) == [path.with_suffix(".md")]
