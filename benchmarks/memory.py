@@ -64,7 +64,7 @@ def peak_memory(argv: list[str]) -> float:
             time.sleep(POLL_S)
         if process.returncode:
             said.seek(0)
-            raise RuntimeError(f"{' '.join(argv)} failed: {said.read()[-500:]}")
+            raise RuntimeError(f"{' '.join(argv)} failed: {said.read().strip().splitlines()[-1]}")
     return peak * 1024 / 1e6
 
 

@@ -35,7 +35,8 @@ def choose_data(quick: bool) -> tuple[str, list[str]]:
 def run_stage(stage: str, argv: list[str]) -> None:
     done = subprocess.run([sys.executable, str(ROOT / f"{stage}.py"), *argv], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{stage}.py {' '.join(argv)} failed: {done.stderr[-500:]}")
+        print(done.stderr, file=sys.stderr)
+        raise RuntimeError(f"{stage}.py {' '.join(argv)} failed: {done.stderr.strip().splitlines()[-1]}")
 
 
 def test_accuracies(output_dir: Path) -> dict[str, float]:
