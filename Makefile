@@ -2,13 +2,14 @@
 # make test                                               lint, format check, all tests
 # make cov                                                the tests with line coverage
 # make results [CONFIG=...]                               make run, then its tables and figures into results/<name>/
+# make bench                                              speed and memory against plain peers into results/bench-<device>.*
 PYTHON ?= python3
 CONFIG ?= configs/digits.yaml
 SET ?=
 NAME := $(basename $(notdir $(CONFIG)))
 PY := .venv/bin/python
 
-.PHONY: run test cov results clean
+.PHONY: run test cov results bench clean
 
 run: .venv/installed
 	$(PY) reproduce.py --config $(CONFIG) $(SET)
@@ -21,6 +22,9 @@ test: .venv/installed-dev
 results: run
 	mkdir -p results/$(NAME)
 	cd runs/$(NAME)/report && cp table.md table.tex table.csv runs.csv summary.json figures/differences.png figures/curves.png ../../../results/$(NAME)/
+
+bench: .venv/installed
+	$(PY) -m benchmarks --out auto
 
 cov: .venv/installed-dev
 	$(PY) -m pytest --cov --cov-report=term-missing:skip-covered
