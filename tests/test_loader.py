@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import run_stage
 
 from utils import augment, loader
 from utils.config import (
@@ -449,3 +450,43 @@ def test_views_of_a_vector_are_the_vector():
     split = vector_split()
     views = views_of(view_config(3), split, [4, 2])
     np.testing.assert_array_equal(views.numpy(), split.inputs[[4, 2]][:, None].repeat(3, 1))
+
+
+# Through the stages
+
+
+def stage_files(output_dir, config_file, *settings) -> tuple[dict, np.ndarray, np.ndarray]:
+    """(weights after an epoch of coarse training, features, view probabilities)."""
+    for script in ("train_coarse", "extract_features", "uncertainty_filter"):
+        run_stage(script, "--config", config_file, f"output_dir={output_dir}", "coarse.epochs=1", *settings)
+    folder = output_dir / config_file.stem / "seed0"
+    weights = torch.load(folder / "coarse/model.pt", weights_only=True)
+    return weights, np.load(folder / "features/coarse/train.npy"), np.load(folder / "uncertainty/view_probs.npy")
+
+
+def same_files(a, b) -> list[bool]:
+    return [all(torch.equal(a[0][name], b[0][name]) for name in a[0]), *map(np.array_equal, a[1:], b[1:])]
+
+
+def test_settings_of_the_loader_reach_the_stages_and_change_no_result(tmp_path, config_file, capsys):
+    device = stage_files(tmp_path / "device", config_file)
+    assert "loader.placement: device" in capsys.readouterr().err
+    host = stage_files(tmp_path / "host", config_file, "loader.placement=host", "loader.prefetch=3")
+    assert same_files(device, host) == [True] * 3
+    stage_files(tmp_path / "host", config_file)  # done already: loader.* is no setting of a result
+    assert capsys.readouterr().out.count("done already") == 3
+
+
+def test_strong_augmentation_reaches_training_and_the_views(tmp_path, config_file):
+    plain = stage_files(tmp_path / "plain", config_file)
+    views = stage_files(tmp_path / "views", config_file, "filter.views.blur_p=0.5", "filter.views.cutout=3")
+    assert same_files(plain, views) == [True, True, False]
+    assert not any(same_files(plain, stage_files(tmp_path / "strong", config_file, "augment=strong")))
+
+
+def test_views_that_only_blur_differ(tmp_path, config_file):
+    off = [f"filter.views.{name}=0" for name in ("crop_padding", "hflip_p", "vflip_p")]
+    settings = [*off, "filter.score=variation_ratio"]
+    with pytest.raises(SystemExit):
+        stage_files(tmp_path, config_file, *settings)
+    stage_files(tmp_path, config_file, *settings, "filter.views.blur_p=0.5")

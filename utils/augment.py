@@ -156,11 +156,12 @@ def _gather(pixels: Tensor, padding: int, lines: Tensor, lefts: Tensor, is_hflip
 
 
 def _gather_on_cpu(pixels: Tensor, padding: int, lines: Tensor, lefts: Tensor, is_hflipped: Tensor) -> Tensor:
-    """`_gather` several times faster on the CPU: numpy copies a window's line as one item of that many bytes."""
+    """`_gather` about twice as fast on the CPU: numpy copies a window's line as one item of that many bytes."""
     n, height, width, _ = pixels.shape
     size = pixels.shape[3] * pixels.element_size()  # bytes a pixel
-    in_bytes = pixels.flatten().view(torch.uint8).view(n, height, width * size)
-    padded = F.pad(in_bytes, (padding * size, padding * size, padding, padding)).numpy()
+    padded = np.zeros((n, height + 2 * padding, (width + 2 * padding) * size), np.uint8)
+    in_bytes = pixels.flatten().view(torch.uint8).view(n, height, width * size).numpy()
+    padded[:, padding : padding + height, padding * size : (padding + width) * size] = in_bytes
     all_lines = np.ndarray((padded.size - width * size + 1,), f"V{width * size}", padded, strides=(1,))
     first = np.arange(n)[:, None] * padded.shape[1] + lines.numpy()
     window = all_lines[first * padded.shape[2] + lefts.numpy()[:, None] * size]
