@@ -579,3 +579,16 @@ def test_a_stage_alone_in_a_shell_gives_the_same_result(argv, copy_dir):
     *_, done_line, next_line = done.stdout.splitlines()
     assert done_line.startswith(f"{copy_dir}/uncertainty: done in ")
     assert next_line == f"next: python cluster_fine.py {' '.join(argv)}"
+
+
+@pytest.mark.parametrize("script", STAGE_SCRIPTS)
+def test_a_finished_stage_answers_without_its_libraries(finished_run, config_file, script):
+    """What is slow about an answer is the import of torch and UMAP."""
+    code = f"""
+import sys, {script}
+{script}.main(["--config", {str(config_file)!r}, {f"output_dir={finished_run}"!r}])
+print([name for name in ("torch", "umap", "numba", "sklearn", "hdbscan") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    *_, said, heavy = done.stdout.splitlines()
+    assert "done already" in said and heavy == "[]", done.stderr
