@@ -33,12 +33,15 @@ def find_labels(cfg, stage, dataset, is_train):
             train.fine_labels, train.coarse_labels, rows, is_train, test.fine_labels, test.coarse_labels,
             names, dataset.fine_names, cfg.cluster.n_components,
         )  # fmt: skip
+    from utils.training import pick_runtime
+
     features = f"features/{cfg.features.source}"
     return clustering.discover(
         artifacts.load_array(stage.input(f"{features}/train.npy"), train.n, mmap=True),
         train.coarse_labels, is_train, kept,
         artifacts.load_array(stage.input(f"{features}/test.npy"), test.n, mmap=True),
         test.coarse_labels, names, cfg.cluster, cfg.seed, cfg.metrics.max_points, progress=report_class,
+        device=str(pick_runtime(cfg).device),
     )  # fmt: skip
 
 

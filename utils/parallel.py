@@ -1,0 +1,79 @@
+"""Calls of one function spread over processes of this machine, or over the workers of a Dask cluster, by joblib."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from utils.config import UserError
+
+CONNECT_SECONDS = 5  # to wait for the Dask scheduler
+
+
+def n_processes(n_jobs: int, n_calls: int) -> int:
+    """`cluster.n_jobs` as a number of processes: 0 = one a core that this process may use; never more than calls."""
+    from joblib import cpu_count
+
+    return max(1, min(n_jobs or cpu_count(), n_calls))
+
+
+def in_processes(function: Callable, calls: Iterable[tuple], n_jobs: int) -> Iterator[Any]:
+    """Results of `function(*call)` as they are done, from `n_jobs` processes with one thread each.
+
+    A call is drawn from `calls` when a process is free for it, so that at most n_jobs of them are held at once. Memory
+    maps among the arguments are sent as a path, other arrays by value.  An exception of `function` is raised here;
+    UserError where a process was killed. Whatever ends this generator also ends the processes.
+    """
+    from joblib import Parallel, delayed, parallel_config
+    from joblib.externals.loky import get_reusable_executor
+
+    with parallel_config(backend="loky", inner_max_num_threads=1):
+        parallel = Parallel(n_jobs, return_as="generator_unordered", pre_dispatch=n_jobs, batch_size=1, max_nbytes=None)
+    results = parallel(delayed(function)(*call) for call in calls)
+    try:
+        yield from results
+    except BrokenProcessPool:
+        raise UserError(
+            f"cluster.n_jobs: one of {n_jobs} processes was killed, most likely because memory ran out; "
+            f"use cluster.n_jobs={max(1, n_jobs // 2)}"
+        ) from None
+    finally:
+        with contextlib.suppress(BaseException):  # what joblib says of calls that it drops on the way out
+            results.close()
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+
+
+def on_dask(function: Callable, calls: Iterable[tuple], n_jobs: int, scheduler: str) -> Iterator[Any]:
+    """Results of `function(*call)` as they are done, from the workers of the Dask scheduler at `scheduler`.
+
+    n_jobs: calls under way, and held in memory here, at once; 0 = one a thread of the cluster. The workers must be able
+    to import what `function` needs: start them in this checkout, or with it on PYTHONPATH.
+    Raises UserError where `distributed` is not installed, the scheduler does not answer or has no workers, and where a
+    worker was killed again and again.
+    """
+    try:
+        import distributed
+    except ImportError:
+        raise UserError("cluster.joblib_backend: dask needs the package distributed: pip install distributed") from None
+    from joblib import Parallel, delayed, parallel_config
+
+    try:
+        client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TimeoutError):
+        raise UserError(
+            f"cluster.dask_scheduler: no Dask scheduler answers at {scheduler} within {CONNECT_SECONDS} s"
+        ) from None
+    with client:
+        n_threads = sum(client.ncores().values())
+        if not n_threads:
+            raise UserError(f"cluster.dask_scheduler: {scheduler} has no workers; start some with `dask worker`")
+        with parallel_config(backend="dask", client=client):
+            n_held = min(n_jobs, n_threads) or n_threads
+            parallel = Parallel(n_held, return_as="generator_unordered", pre_dispatch=n_held, batch_size=1)
+        try:
+            yield from parallel(delayed(function)(*call) for call in calls)
+        except distributed.KilledWorker:
+            raise UserError(
+                "cluster.dask_scheduler: a worker was killed, most likely because memory ran out; "
+                "give the workers more memory or lower cluster.n_jobs"
+            ) from None
