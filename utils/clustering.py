@@ -245,7 +245,7 @@ def _soft_labels(clusterer) -> tuple[np.ndarray, np.ndarray]:
     return np.append(labels_of_columns(weight), NOISE)[columns], membership
 
 
-def membership_chunks(clusterer, memory_mb: int = CHUNK_MB) -> Iterator[tuple[slice, np.ndarray]]:
+def membership_chunks(clusterer, memory_mb: float = CHUNK_MB) -> Iterator[tuple[slice, np.ndarray]]:
     """`hdbscan.all_points_membership_vectors` row chunk by row chunk: (rows, memberships (b, k) float64).
 
     Holds about memory_mb MB (at least one row), where hdbscan holds some six arrays of all n rows and k clusters at
@@ -257,7 +257,7 @@ def membership_chunks(clusterer, memory_mb: int = CHUNK_MB) -> Iterator[tuple[sl
     clusters = np.array(sorted(clusterer.condensed_tree_._select_clusters()), dtype=np.intp)
     points = tree[tree["child_size"] == 1]
     points = points[np.argsort(points["child"])]  # row i is point i
-    step = max(1, memory_mb * 2**20 // (48 * len(clusters)))
+    step = max(1, int(memory_mb * 2**20) // (48 * len(clusters)))
     for start in range(0, len(points), step):
         rows = slice(start, min(start + step, len(points)))
         part = points[rows].copy()

@@ -22,7 +22,7 @@ def exact_neighbours(
     and correlation in [0, 2]; two rows without direction are at 0, one and any other at 1).  The row itself comes
     first, at distance 0, also where it has duplicates; equal distances go by index, so nothing is left to chance.
     device: cpu, or a torch device such as cuda:0.  memory_mb: bound in MB (2^20 bytes) of a block of b rows, which
-    takes b * (16 n + 8 (k + SPARE) D) bytes; a block has one row at least, and CPU_BLOCK at most on the CPU.  Besides it
+    takes b * (16 n + 8 (k + SPARE) D) bytes; a block has one row at least, on the CPU CPU_BLOCK at most.  Besides it
     there is one copy of x, (n, D) float32.
     """
     points = _euclidean_points(x, metric)

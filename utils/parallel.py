@@ -20,7 +20,7 @@ def n_processes(n_jobs: int, n_calls: int) -> int:
 def in_processes(function: Callable, calls: Iterable[tuple], n_jobs: int) -> Iterator[Any]:
     """Results of `function(*call)` as they are done, from `n_jobs` processes with one thread each.
 
-    A call is drawn from `calls` when a process is free for it, so that at most n_jobs of them are held at once. Memory
+    Calls are drawn from `calls` as processes become free, n_jobs at a time, so that 2 n_jobs are held at most. Memory
     maps among the arguments are sent as a path, other arrays by value.  An exception of `function` is raised here;
     UserError where a process was killed. Whatever ends this generator also ends the processes.
     """
@@ -46,8 +46,8 @@ def in_processes(function: Callable, calls: Iterable[tuple], n_jobs: int) -> Ite
 def on_dask(function: Callable, calls: Iterable[tuple], n_jobs: int, scheduler: str) -> Iterator[Any]:
     """Results of `function(*call)` as they are done, from the workers of the Dask scheduler at `scheduler`.
 
-    n_jobs: calls under way, and held in memory here, at once; 0 = one a thread of the cluster. The workers must be able
-    to import what `function` needs: start them in this checkout, or with it on PYTHONPATH.
+    n_jobs: calls under way at once; 0 = one a thread of the cluster; twice as many are held here. The workers must be
+    able to import what `function` needs: start them in this checkout, or with it on PYTHONPATH.
     Raises UserError where `distributed` is not installed, the scheduler does not answer or has no workers, and where a
     worker was killed again and again.
     """
