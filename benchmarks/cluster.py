@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-FULL, QUICK = (20, 2500), (4, 1500)  # coarse classes and rows of each; the full size is CIFAR-100's
+FULL, QUICK = (20, 2500), (4, 1000)  # coarse classes and rows of each; the full size is CIFAR-100's
 SCALE, SCALE_QUICK = [2500, 10_000, 40_000, 100_000], [1000, 2500, 5000]  # rows of one class
 N_FINE, N_LATENT, N_FEATURES = 5, 16, 512
 

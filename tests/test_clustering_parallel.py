@@ -193,6 +193,12 @@ def test_features_that_are_not_finite_stop_dask_in_one_line(dask_cluster):
         discover(*bad)
 
 
+def test_a_killed_dask_worker_is_one_line_that_names_memory(dask_cluster):
+    dask_cluster.scheduler.allowed_failures = 0
+    with pytest.raises(UserError, match="cluster.dask_scheduler: a worker was killed, most likely because memory"):
+        list(parallel.on_dask(die, [(), ()], 0, dask_cluster.scheduler_address))
+
+
 def test_a_scheduler_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(parallel, "CONNECT_SECONDS", 0.5)
     with pytest.raises(UserError, match="cluster.dask_scheduler: no Dask scheduler answers at tcp://127.0.0.1:9 "):

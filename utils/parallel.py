@@ -1,6 +1,7 @@
-"""Calls of one function spread over processes of this machine, or over the workers of a Dask cluster, by joblib."""
+"""Calls of one function spread over processes of this machine (joblib), or over the workers of a Dask cluster."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -46,8 +47,8 @@ def in_processes(function: Callable, calls: Iterable[tuple], n_jobs: int) -> Ite
 def on_dask(function: Callable, calls: Iterable[tuple], n_jobs: int, scheduler: str) -> Iterator[Any]:
     """Results of `function(*call)` as they are done, from the workers of the Dask scheduler at `scheduler`.
 
-    n_jobs: calls under way at once; 0 = one a thread of the cluster; twice as many are held here. The workers must be
-    able to import what `function` needs: start them in this checkout, or with it on PYTHONPATH.
+    n_jobs: calls under way at once; 0 = one a thread of the cluster. No more are held here or there. The workers must
+    be able to import what `function` needs: start them in this checkout, or with it on PYTHONPATH.
     Raises UserError where `distributed` is not installed, the scheduler does not answer or has no workers, and where a
     worker was killed again and again.
     """
@@ -55,8 +56,6 @@ def on_dask(function: Callable, calls: Iterable[tuple], n_jobs: int, scheduler: 
         import distributed
     except ImportError:
         raise UserError("cluster.joblib_backend: dask needs the package distributed: pip install distributed") from None
-    from joblib import Parallel, delayed, parallel_config
-
     try:
         client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TimeoutError):
@@ -67,13 +66,20 @@ def on_dask(function: Callable, calls: Iterable[tuple], n_jobs: int, scheduler: 
         n_threads = sum(client.ncores().values())
         if not n_threads:
             raise UserError(f"cluster.dask_scheduler: {scheduler} has no workers; start some with `dask worker`")
-        with parallel_config(backend="dask", client=client):
-            n_held = min(n_jobs, n_threads) or n_threads
-            parallel = Parallel(n_held, return_as="generator_unordered", pre_dispatch=n_held, batch_size=1)
+        # Not through joblib, whose Dask backend (1.6.0) waits for ever where a worker was killed.
+        submitted = (client.submit(_apply, function, client.scatter([call], hash=False)) for call in calls)
+        first = itertools.islice(submitted, min(n_jobs, n_threads) or n_threads)
+        running = distributed.as_completed(first, loop=client.loop)
         try:
-            yield from parallel(delayed(function)(*call) for call in calls)
+            for done in running:
+                yield done.result()
+                running.update(itertools.islice(submitted, 1))
         except distributed.KilledWorker:
             raise UserError(
                 "cluster.dask_scheduler: a worker was killed, most likely because memory ran out; "
                 "give the workers more memory or lower cluster.n_jobs"
             ) from None
+
+
+def _apply(function: Callable, call: list[tuple]) -> Any:
+    return function(*call[0])
