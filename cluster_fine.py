@@ -10,6 +10,7 @@ usage   python cluster_fine.py --config configs/digits.yaml cluster.n_neighbors=
 import platform
 import sys
 
+from utils import distributed
 from utils.config import UserError, command_line, parse_config
 from utils.stages import open_stage
 
@@ -33,12 +34,15 @@ def find_labels(cfg, stage, dataset, is_train):
             train.fine_labels, train.coarse_labels, rows, is_train, test.fine_labels, test.coarse_labels,
             names, dataset.fine_names, cfg.cluster.n_components,
         )  # fmt: skip
+    from utils.training import pick_runtime
+
     features = f"features/{cfg.features.source}"
     return clustering.discover(
         artifacts.load_array(stage.input(f"{features}/train.npy"), train.n, mmap=True),
         train.coarse_labels, is_train, kept,
         artifacts.load_array(stage.input(f"{features}/test.npy"), test.n, mmap=True),
         test.coarse_labels, names, cfg.cluster, cfg.seed, cfg.metrics.max_points, progress=report_class,
+        device=str(pick_runtime(cfg).device),
     )  # fmt: skip
 
 
@@ -60,6 +64,7 @@ def label_rows(train, discovery, coarse_names):
 
 @command_line
 def main(argv=None):
+    distributed.refuse("cluster_fine.py", "its classes spread by cluster.n_jobs and cluster.joblib_backend")
     cfg = parse_config(__doc__, argv)
     with open_stage(cfg, "labels") as stage:
         if stage.finished:

@@ -28,7 +28,7 @@ crop_flip: {{crop_padding: 1, hflip_p: 0}}
 train: {{batch_size: 64}}
 coarse: {{epochs: 6, lr: 0.1}}
 filter: {{n_views: 3, views: {{crop_padding: 1, hflip_p: 0, vflip_p: 0}}}}
-cluster: {{n_neighbors: 10, min_cluster_size: 0.15, min_samples: 5, n_epochs: 100}}
+cluster: {{n_neighbors: 10, min_cluster_size: 0.15, min_samples: 5, n_epochs: 100, n_jobs: 1}}
 finetune: {{fine_epochs: 3, coarse_epochs: 3}}
 multihead: {{epochs: 3, alpha: 0.5}}
 """

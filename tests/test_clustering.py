@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
 from utils import clustering
-from utils.clustering import NOISE, cluster_class, discover, nearest_labels, renumber, settle_noise
+from utils.clustering import NOISE, cluster_class, discover, nearest_labels, renumber, settle_noise, strongest
 from utils.config import ClusterConfig, UserError
 
 NAMES = ["round", "square"]
 
 
 def config(**changes) -> ClusterConfig:
-    return ClusterConfig(**{"n_neighbors": 10, "min_cluster_size": 10, "n_epochs": 50, "normalize": False} | changes)
+    return ClusterConfig(
+        **{"n_neighbors": 10, "min_cluster_size": 10, "n_epochs": 50, "normalize": False, "n_jobs": 1} | changes
+    )
 
 
 def blobs(sizes, d=16, gap=8.0, seed=0):
@@ -35,7 +37,7 @@ def blobs(sizes, d=16, gap=8.0, seed=0):
 
 @pytest.fixture
 def plain_embedding(monkeypatch):
-    monkeypatch.setattr(clustering, "_embed", lambda x, cluster, seed: x[:, : cluster.n_components].copy())
+    monkeypatch.setattr(clustering, "_embed", lambda x, cluster, seed, found: x[:, : cluster.n_components].copy())
 
 
 def equal(a, b) -> bool:
@@ -131,7 +133,7 @@ def test_entries_and_summary_of_planted_classes(planted):
     assert list(entry) == "n_rows n_fit n_clusters sizes n_noise silhouette dbcv settings warnings".split()
     assert entry["n_rows"] == (train & (fine < 3)).sum() and entry["n_fit"] == (kept & (fine < 3)).sum()
     assert entry["silhouette"] > 0.5 and entry["dbcv"] > 0.5
-    assert entry["settings"] == {"n_neighbors": 10, "min_cluster_size": 10, "min_samples": 10}
+    assert entry["settings"] == {"n_neighbors": 10, "knn": "exact", "min_cluster_size": 10, "min_samples": 10}
     assert planted["told"] == [("round", 3), ("square", 3)]
     summary = clustering.summary(found, "umap_hdbscan")
     assert summary["n_fine"] == 6 and summary["n_labelled"] == train.sum() and 0 <= summary["noise_fraction"] < 0.2
@@ -232,7 +234,7 @@ def test_one_cluster_found(plain_embedding, noise, n_left):
 @pytest.mark.parametrize(("size", "used"), [(10, 10), (10.0, 10), (0.1, 6), (0.001, 2), (0.29, 17)])
 def test_min_cluster_size_is_a_count_or_a_fraction(plain_embedding, size, used):
     result = cluster_class(blobs([30, 30], gap=30)[0], config(min_cluster_size=size), 0, 100)
-    assert result.settings == {"n_neighbors": 10, "min_cluster_size": used, "min_samples": used}
+    assert result.settings == {"n_neighbors": 10, "knn": "exact", "min_cluster_size": used, "min_samples": used}
 
 
 def test_min_samples_beyond_the_rows_is_lowered(plain_embedding):
@@ -268,30 +270,31 @@ def test_hdbscan_step_always_ends_in_valid_labels(data):
 
 HARD = np.array([0, 0, 1, 1, NOISE])
 PROBABILITIES = np.array([1.0, 0.5, 1.0, 0.7, 0.0])
+NO_SOFT = np.full(5, NOISE), np.zeros(5)
 LINE = np.array([[0.0], [1.0], [10.0], [11.0], [8.0]])
 
 
 def test_noise_kept():
-    labels, membership = settle_noise(HARD, PROBABILITIES, np.zeros((5, 2)), LINE, "keep", 1)
+    labels, membership = settle_noise(HARD, PROBABILITIES, NO_SOFT, LINE, "keep", 1)
     assert labels.tolist() == HARD.tolist() and membership == pytest.approx(PROBABILITIES)
 
 
 def test_noise_to_the_nearest():
-    labels, membership = settle_noise(HARD, PROBABILITIES, np.zeros((5, 2)), LINE, "nearest", 3)
+    labels, membership = settle_noise(HARD, PROBABILITIES, NO_SOFT, LINE, "nearest", 3)
     assert labels.tolist() == [0, 0, 1, 1, 1]
     assert membership == pytest.approx([1.0, 0.5, 1.0, 0.7, 2 / 3])
 
 
 def test_soft_is_the_largest_membership_of_every_row():
     soft = np.array([[0.9, 0.1], [0.3, 0.6], [0.0, 0.8], [0.1, 0.2], [0.02, 0.01]])
-    labels, membership = settle_noise(HARD, PROBABILITIES, soft, LINE, "soft", 1)
+    labels, membership = settle_noise(HARD, PROBABILITIES, strongest(soft), LINE, "soft", 1)
     assert labels.tolist() == [0, 1, 1, 1, 0]  # row 1 moves although HDBSCAN had put it in cluster 0
     assert membership == pytest.approx([0.9, 0.6, 0.8, 0.2, 0.02])
 
 
 def test_soft_falls_back_to_the_hard_label_then_to_the_nearest():
     soft = np.array([[np.nan, np.nan], [0.8, 0.1], [0, 0], [0.1, 0.9], [np.nan, np.nan]])
-    labels, membership = settle_noise(HARD, PROBABILITIES, soft, LINE, "soft", 1)
+    labels, membership = settle_noise(HARD, PROBABILITIES, strongest(soft), LINE, "soft", 1)
     assert labels.tolist() == [0, 0, 1, 1, 1]
     assert membership == pytest.approx([1.0, 0.8, 1.0, 0.9, 1.0])
 
@@ -304,11 +307,14 @@ def test_hdbscan_issue_568(plain_embedding):
     assert np.isfinite(result.membership).all() and (result.membership >= 0).all()
 
 
-def test_columns_are_put_in_the_order_of_the_labels():
-    swapped = np.array([[0.1, 0.9], [0.2, 0.7], [0.8, 0.1], [np.nan, np.nan], [0.3, 0.4]])
-    aligned = clustering.columns_by_label(swapped, HARD)
-    assert np.array_equal(aligned, swapped[:, ::-1], equal_nan=True)
-    assert np.array_equal(clustering.columns_by_label(aligned, HARD), aligned, equal_nan=True)
+def test_columns_are_matched_to_the_hard_labels_by_weight():
+    weight = np.array([[0.1, 0.2, 9.0], [5.0, 0.3, 1.0], [0.0, 2.0, 3.0]])  # label 0 in column 2, 1 in 0, 2 in 1
+    assert clustering.labels_of_columns(weight).tolist() == [1, 2, 0]
+
+
+def test_strongest_membership_and_unusable_rows():
+    columns, membership = strongest(np.array([[0.2, 0.7], [0.5, 0.1], [0.0, 0.0], [np.nan, 0.3]]))
+    assert columns.tolist() == [1, 0, NOISE, NOISE] and membership.tolist() == [0.7, 0.5, 0.0, 0.0]
 
 
 # Votes and ids
@@ -363,7 +369,7 @@ def test_number_of_clusters_by_silhouette(plain_embedding, method):
     result = cluster_class(features, config(method=method, k_max=4), 0, 80)
     assert adjusted_rand_score(fine, result.labels) == 1.0
     assert np.bincount(result.labels).tolist() == [50, 40, 30]
-    assert result.settings == {"n_neighbors": 10, "n_clusters": 3} and result.n_noise == 0
+    assert result.settings == {"n_neighbors": 10, "knn": "exact", "n_clusters": 3} and result.n_noise == 0
     assert (result.membership > 0.9).all() and result.warnings == []
     assert equal(result, cluster_class(features, config(method=method, k_max=4), 0, 80))
 

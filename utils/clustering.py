@@ -4,16 +4,23 @@
 `discover_oracle` make the two controls in the same form. Pseudo labels are int64; NOISE = -1 means no label.
 """
 
+import contextlib
+import functools
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from utils import neighbours, parallel
 from utils.config import ClusterConfig, UserError
 from utils.metrics import embedding_scores, silhouette
 
 NOISE = -1
+CPU_EXACT_ROWS = 40_000  # knn=auto on the CPU: from here on UMAP's own search, compilation included, is faster
+CHUNK_MB = 64  # of memberships at once
+Neighbours = tuple[np.ndarray, np.ndarray]  # indices (n, k) int32 and distances (n, k) float32, as exact_neighbours
 
 
 @dataclass
@@ -56,10 +63,13 @@ class Discovery:
 # One coarse class
 
 
-def cluster_class(features: np.ndarray, cluster: ClusterConfig, seed: int, max_points: int) -> ClassResult:
+def cluster_class(
+    features: np.ndarray, cluster: ClusterConfig, seed: int, max_points: int, found: Neighbours | None = None
+) -> ClassResult:
     """Cluster the rows of one coarse class by `cluster.method`: umap_hdbscan, kmeans or gmm.
 
     features: (n, D) float32.  `max_points`: rows that each silhouette is computed on at most (kmeans, gmm).
+    `found`: what `find_neighbours` found on another device; without it the rows are searched on the CPU.
     Rows that cannot be split (too few, all the same, all noise) become one fine class with a warning, whatever
     `cluster.noise` says; no rows give no class.  Raises UserError where features are not finite.
     """
@@ -71,7 +81,8 @@ def cluster_class(features: np.ndarray, cluster: ClusterConfig, seed: int, max_p
         return _one_class(blank, f"{len(x)} rows are too few to embed in {cluster.n_components} dimensions")
     if np.ptp(x, axis=0).max() <= 1e-6 * np.abs(x).max():
         return _one_class(blank, f"all {len(x)} rows have the same features")
-    embedding = _embed(x, cluster, seed)
+    found = found or find_neighbours(x, cluster)
+    embedding = _embed(x, cluster, seed, found)
     is_embedded = np.isfinite(embedding).all(axis=1)
     fit = _fit_hdbscan if cluster.method == "umap_hdbscan" else _fit_k
     result = fit(embedding[is_embedded], cluster, seed, max_points)
@@ -79,7 +90,8 @@ def cluster_class(features: np.ndarray, cluster: ClusterConfig, seed: int, max_p
         result = _with_unembedded(result, x, embedding, cluster)
     if cluster.n_neighbors >= len(x):
         result.warnings.insert(0, f"n_neighbors lowered from {cluster.n_neighbors} to {len(x) - 1}: only {len(x)} rows")
-    result.settings = {"n_neighbors": min(cluster.n_neighbors, len(x) - 1)} | result.settings
+    how = {"n_neighbors": min(cluster.n_neighbors, len(x) - 1), "knn": "exact" if found else "umap"}
+    result.settings = how | result.settings
     result.labels = renumber(result.labels)
     return result
 
@@ -105,10 +117,38 @@ def _one_class(embedding: np.ndarray, reason: str, n_noise: int = 0, settings: d
     return ClassResult(np.zeros(n, np.int64), np.ones(n, np.float32), embedding, n_noise, settings or {}, [note])
 
 
-def _embed(x: np.ndarray, cluster: ClusterConfig, seed: int) -> np.ndarray:
+def find_neighbours(x: np.ndarray, cluster: ClusterConfig, device: str = "cpu") -> Neighbours | None:
+    """The neighbours of (n, D) prepared rows for UMAP, by `cluster.knn`; None where UMAP is to search by itself.
+
+    auto: exact where the metric is one of neighbours.METRICS, on the CPU up to CPU_EXACT_ROWS rows. So the choice
+    depends on the settings, the number of rows and the kind of device, never on time or the number of processes.
+    """
+    too_many = cluster.knn == "auto" and device == "cpu" and len(x) > CPU_EXACT_ROWS
+    if cluster.knn == "umap" or too_many or cluster.metric not in neighbours.METRICS:
+        return None
+    k = min(cluster.n_neighbors, len(x) - 1)
+    return neighbours.exact_neighbours(x, k, cluster.metric, device, cluster.knn_memory_mb)
+
+
+@functools.cache
+def _cache_compiled() -> None:
+    """Let numba keep on disk what umap-learn (0.5.12) compiles anew in every process: 6 of its 9 first seconds.
+
+    It keeps most of its functions there itself (cache=True). Where another version has other names, nothing is kept.
+    """
+    from umap import layouts, umap_
+
+    names = "smooth_knn_dist compute_membership_strengths _nb_optimize_layout_euclidean_single_epoch".split()
+    for function in (getattr(module, name, None) for module in (umap_, layouts) for name in names):
+        if hasattr(function, "enable_caching"):
+            function.enable_caching()
+
+
+def _embed(x: np.ndarray, cluster: ClusterConfig, seed: int, found: Neighbours | None) -> np.ndarray:
     """UMAP of (n, D) rows: (n, d) float32, the same bits for the same seed; NaN rows where no neighbour is in reach."""
     import umap
 
+    _cache_compiled()
     with warnings.catch_warnings():  # about the fixed seed and about rows out of reach: both are dealt with
         warnings.simplefilter("ignore")
         return umap.UMAP(
@@ -119,6 +159,7 @@ def _embed(x: np.ndarray, cluster: ClusterConfig, seed: int) -> np.ndarray:
             n_epochs=cluster.n_epochs or None,
             random_state=seed,
             n_jobs=1,
+            precomputed_knn=found or (None, None, None),
         ).fit_transform(x)
 
 
@@ -162,9 +203,9 @@ def _fit_hdbscan(embedding: np.ndarray, cluster: ClusterConfig, seed: int, max_p
         return _one_class(embedding, f"HDBSCAN called all {n} rows noise", n_noise, settings)
     n_found = hard.max() + 1
     # With one cluster every row is in it, noise with next to no membership.
-    soft = probabilities[:, None].clip(np.finfo(np.float32).tiny)
+    soft = np.zeros(n, np.int64), probabilities.clip(np.finfo(np.float32).tiny)
     if n_found > 1 and cluster.noise == "soft":
-        soft = _memberships(clusterer)
+        soft = _soft_labels(clusterer)
     labels, membership = settle_noise(hard, probabilities, soft, embedding, cluster.noise, cluster.assign_k)
     notes = ["HDBSCAN found one cluster"] if n_found == 1 else []
     return ClassResult(labels, membership, embedding, n_noise, settings, notes)
@@ -184,45 +225,91 @@ def _run_hdbscan(embedding: np.ndarray, cluster: ClusterConfig, settings: dict):
         ).fit(embedding.astype(np.float64))
 
 
-def _memberships(clusterer) -> np.ndarray:
-    """All-points membership vectors (n, k), column j for hard label j.  Needs two clusters: hdbscan fails with one."""
-    import hdbscan
+def _soft_labels(clusterer) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's label by its largest all-points membership, and that, as `strongest`.  hdbscan fails with one cluster.
 
+    hdbscan orders the columns by tree node, which is another order than its labels' where a cluster splits with no row
+    of its own; so they are matched by where the hard-labelled rows put their weight.
+    """
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         clusterer.generate_prediction_data()
-        return columns_by_label(hdbscan.all_points_membership_vectors(clusterer), clusterer.labels_)
+        hard = clusterer.labels_
+        columns, membership = np.empty(len(hard), np.int64), np.empty(len(hard))
+        n_found = hard.max() + 1
+        weight = np.zeros((n_found, n_found))
+        for rows, vectors in membership_chunks(clusterer):
+            columns[rows], membership[rows] = strongest(vectors)
+            is_hard = hard[rows] >= 0
+            np.add.at(weight, hard[rows][is_hard], np.nan_to_num(vectors[is_hard]))
+    return np.append(labels_of_columns(weight), NOISE)[columns], membership
 
 
-def columns_by_label(memberships: np.ndarray, hard: np.ndarray) -> np.ndarray:
-    """Reorder the columns of (n, k) `memberships` so that column j is the cluster of hard label j.
+def membership_chunks(clusterer, memory_mb: float = CHUNK_MB) -> Iterator[tuple[slice, np.ndarray]]:
+    """`hdbscan.all_points_membership_vectors` row chunk by row chunk: (rows, memberships (b, k) float64).
 
-    hdbscan orders columns by tree node, which is another order than its labels' where a cluster splits with no row of
-    its own; so match by where the hard-labelled rows put their weight.
+    Holds about memory_mb MB (at least one row), where hdbscan holds some six arrays of all n rows and k clusters at
+    once. Made of hdbscan's own pieces, from the condensed tree cut down to the rows of the chunk.
     """
+    from hdbscan import _prediction_utils as pieces
+
+    data, tree = clusterer.prediction_data_, clusterer.condensed_tree_._raw_tree
+    clusters = np.array(sorted(clusterer.condensed_tree_._select_clusters()), dtype=np.intp)
+    points = tree[tree["child_size"] == 1]
+    points = points[np.argsort(points["child"])]  # row i is point i
+    step = max(1, int(memory_mb * 2**20) // (48 * len(clusters)))
+    for start in range(0, len(points), step):
+        rows = slice(start, min(start + step, len(points)))
+        part = points[rows].copy()
+        part["child"] -= start
+        n = len(part)
+        by_tree = clusters, part, data.leaf_max_lambdas, data.cluster_tree
+        near = pieces.all_points_dist_membership_vector(data.raw_data[rows], data.exemplars, data.dist_metric)
+        scores = pieces.all_points_per_cluster_scores(*by_tree)[:n]  # the rows behind are reserved and never touched
+        inside = np.exp(scores - np.nanmax(scores))
+        vectors = near * (inside / inside.sum(axis=1, keepdims=True))
+        vectors /= vectors.sum(axis=1, keepdims=True)
+        yield rows, vectors * pieces.all_points_prob_in_some_cluster(*by_tree)[:n, None]
+
+
+def strongest(memberships: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Column and size of the largest entry of each row of (n, k) memberships; NOISE and 0 where they are unusable.
+
+    Unusable are NaN and all-zero memberships, as hdbscan gives to repeated rows (its issue 568).
+    """
+    is_usable = np.isfinite(memberships).all(axis=1) & (memberships.max(axis=1) > 0)
+    columns = np.where(is_usable, memberships.argmax(axis=1), NOISE)
+    return columns, np.where(is_usable, memberships.max(axis=1), 0)
+
+
+def labels_of_columns(weight: np.ndarray) -> np.ndarray:
+    """The hard label of each membership column, (k,) int64.  weight: (k, k) membership of hard label i in column j."""
     from scipy.optimize import linear_sum_assignment
 
-    is_hard = hard >= 0
-    weight = np.zeros((memberships.shape[1],) * 2)
-    np.add.at(weight, hard[is_hard], np.nan_to_num(memberships[is_hard]))
-    return memberships[:, linear_sum_assignment(weight, maximize=True)[1]]
+    return np.argsort(linear_sum_assignment(weight, maximize=True)[1])
 
 
 def settle_noise(
-    hard: np.ndarray, probabilities: np.ndarray, soft: np.ndarray, embedding: np.ndarray, noise: str, k: int
+    hard: np.ndarray,
+    probabilities: np.ndarray,
+    soft: tuple[np.ndarray, np.ndarray],
+    embedding: np.ndarray,
+    noise: str,
+    k: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Apply `cluster.noise` to HDBSCAN's answer: labels (n,) int64 (a cluster may end empty), membership (n,) float32.
 
-    hard: (n,) labels with NOISE; probabilities: (n,) in [0, 1]; soft: (n, k) memberships, column j for label j.
+    hard: (n,) labels with NOISE; probabilities: (n,) in [0, 1]; soft: the label (n,) of each row's largest membership
+    (NOISE where it has none that is usable) and that membership (n,).
     keep: as found.  nearest: noise rows get a vote of their k nearest clustered rows in the embedding.  soft: EVERY
-    row gets its largest membership, also rows that HDBSCAN had put elsewhere; where memberships are NaN or all zero,
-    as for repeated rows (hdbscan issue 568), the hard label, and if that is NOISE the vote.
+    row gets the label of its largest membership, also rows that HDBSCAN had put elsewhere; where it has none, the hard
+    label, and if that is NOISE the vote.
     """
     labels, membership = hard.copy(), probabilities.astype(np.float32)
     if noise == "soft":
-        is_usable = np.isfinite(soft).all(axis=1) & (soft.max(axis=1) > 0)
-        labels[is_usable] = soft[is_usable].argmax(axis=1)
-        membership[is_usable] = soft[is_usable].max(axis=1)
+        soft_labels, soft_membership = soft
+        is_usable = soft_labels != NOISE
+        labels[is_usable], membership[is_usable] = soft_labels[is_usable], soft_membership[is_usable]
     is_noise = labels == NOISE
     if noise != "keep" and is_noise.any():
         labels[is_noise], membership[is_noise] = nearest_labels(embedding, labels, embedding[is_noise], k)
@@ -308,6 +395,7 @@ def discover(
     seed: int,
     max_points: int,
     progress: Callable[[str, dict], None] | None = None,
+    device: str = "cpu",
 ) -> Discovery:
     """Fine classes of every coarse class, from its kept training rows.
 
@@ -317,22 +405,72 @@ def discover(
     vote of the `assign_k` nearest labelled rows of their class in (normalised) feature space.  Test rows get the same
     vote, inside their own true coarse class.  A coarse class with no kept row gets no fine class, and a warning.
     progress: called with the coarse name and the clusters.json entry of each class when it is done.
-    Raises UserError where features that are read are not finite.
+    device: where neighbours are searched, cpu or a torch device.  Labels are the same to the bit for every n_jobs and
+    backend on one kind of machine.
+    Raises UserError where features that are read are not finite, and as the functions of utils/parallel.py do.
     """
     usable = train_rows & (kept | (cluster.assign == "nearest"))
-    rows_of, test_rows_of, parts = [], [], []
-    for c, name in enumerate(coarse_names):
-        rows_of.append(np.flatnonzero(usable & (coarse_labels == c)))
-        test_rows_of.append(np.flatnonzero(test_coarse_labels == c))
+    rows_of = [np.flatnonzero(usable & (coarse_labels == c)) for c in range(len(coarse_names))]
+    test_rows_of = [np.flatnonzero(test_coarse_labels == c) for c in range(len(coarse_names))]
+    on_dask = cluster.joblib_backend == "dask"
+    n_jobs = parallel.n_processes(cluster.n_jobs, len(coarse_names))
+
+    def call(c: int) -> tuple:
+        """Arguments of `_label_rows`: a process of this machine reads its class from the file, others are sent it."""
         rows, test_rows = rows_of[c], test_rows_of[c]
-        part = label_class(
-            features[rows], kept[rows], test_features[test_rows], cluster, _class_seed(seed, c), max_points
-        )
-        part.entry = {"n_rows": int((train_rows & (coarse_labels == c)).sum())} | part.entry
-        parts.append(part)
-        if progress:
-            progress(name, part.entry)
+        is_fit = kept[rows]
+        found = None if device == "cpu" else _search_ahead(features[rows[is_fit]], cluster, device)
+        parts = [(features, rows), (test_features, test_rows)]
+        if on_dask or not isinstance(features, np.memmap):
+            parts = [(array[own], slice(None)) for array, own in parts]
+        return c, *parts, is_fit, cluster, _class_seed(seed, c), max_points, found
+
+    largest_first = sorted(range(len(coarse_names)), key=lambda c: -len(rows_of[c]))  # the last to end ends early
+    calls = (call(c) for c in largest_first)
+    if on_dask:
+        results = parallel.on_dask(_label_rows, calls, cluster.n_jobs, cluster.dask_scheduler)
+    elif n_jobs > 1:
+        results = parallel.in_processes(_label_rows, calls, n_jobs)
+    else:
+        results = (_label_rows(*arguments) for arguments in calls)
+    parts = {}
+    with contextlib.closing(results):
+        for c, part in results:
+            part.entry = {"n_rows": int((train_rows & (coarse_labels == c)).sum())} | part.entry
+            parts[c] = part
+            if progress:
+                progress(coarse_names[c], part.entry)
+    parts = [parts[c] for c in range(len(coarse_names))]
     return _join(parts, rows_of, test_rows_of, len(coarse_labels), len(test_coarse_labels), coarse_names)
+
+
+def _search_ahead(features: np.ndarray, cluster: ClusterConfig, device: str) -> Neighbours | None:
+    """The neighbours of one class's rows from the one process that holds the device: a context a worker costs more."""
+    x = _prepare(features, cluster.normalize)
+    return find_neighbours(x, cluster, device) if len(x) > 1 else None
+
+
+_ONE_CLASS_AT_A_TIME = threading.Lock()  # in a process: numba's threads and the limit below are the process's own
+
+
+def _label_rows(
+    c: int,
+    train: tuple[np.ndarray, np.ndarray | slice],
+    test: tuple[np.ndarray, np.ndarray | slice],
+    *arguments,
+) -> tuple[int, ClassPart]:
+    """`label_class` of the rows of (array, rows), wherever it runs: class index and what was found.
+
+    In one thread: UMAP with a fixed seed has no use for more, and sums would depend on their number.
+    """
+    import scipy.linalg  # noqa: F401  the limit holds for libraries that are loaded: numpy's and scipy's BLAS
+    import sklearn.neighbors  # noqa: F401  and OpenMP
+    from threadpoolctl import threadpool_limits
+
+    with _ONE_CLASS_AT_A_TIME, threadpool_limits(1):
+        (features, rows), (test_features, test_rows) = train, test
+        is_fit, *settings = arguments
+        return c, label_class(features[rows], is_fit, test_features[test_rows], *settings)
 
 
 def label_class(
@@ -342,12 +480,14 @@ def label_class(
     cluster: ClusterConfig,
     seed: int,
     max_points: int,
+    found: Neighbours | None = None,
 ) -> ClassPart:
     """Cluster one coarse class and vote for its other rows; a pure function, so classes can run in parallel.
 
-    features: (n, D) float32, the class's training rows; is_fit: (n,) bool, those to cluster; test_features: (m, D).
+    features: (n, D) float32, the class's training rows; is_fit: (n,) bool, those to cluster; test_features: (m, D);
+    found: as in `cluster_class`.
     """
-    result = cluster_class(features[is_fit], cluster, seed, max_points)
+    result = cluster_class(features[is_fit], cluster, seed, max_points, found)
     x = _prepare(features, cluster.normalize)
     labels, membership = np.full(len(x), NOISE), np.zeros(len(x), np.float32)
     labels[is_fit], membership[is_fit] = result.labels, result.membership

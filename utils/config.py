@@ -239,9 +239,9 @@ class ClusterConfig:
     n_clusters: int = 0  # kmeans, gmm: clusters in each coarse class; 0 = the best silhouette from k_min to k_max
     k_min: int = 2  # kmeans, gmm: fewest clusters tried
     k_max: int = 10  # kmeans, gmm: most clusters tried
-    knn: str = "exact"  # UMAP's neighbours: exact (euclidean, cosine, correlation; by matrix product) | umap (its own)
+    knn: str = "auto"  # UMAP's neighbours: exact (euclidean, cosine, correlation) | umap (its own) | auto (the faster)
     knn_memory_mb: int = 512  # MB; bound of the block of distances that exact neighbours are found in
-    n_jobs: int = 0  # coarse classes clustered at once, each in a process of its own; 0 = one a core
+    n_jobs: int = 0  # coarse classes clustered at once, each in a process of its own; 0 = one a core (dask: a thread)
     joblib_backend: str = "loky"  # loky (processes of this machine) | dask (workers of dask_scheduler)
     dask_scheduler: str = ""  # joblib_backend dask: the scheduler's address, such as tcp://10.0.0.1:8786
 
@@ -267,7 +267,9 @@ class ClusterConfig:
         check_range("cluster.n_clusters", self.n_clusters, 0)
         check_range("cluster.k_min", self.k_min, 2)
         check_range("cluster.k_max", self.k_max, self.k_min)
-        check_choice("cluster.knn", self.knn, ["exact", "umap"])
+        check_choice("cluster.knn", self.knn, ["auto", "exact", "umap"])
+        if self.knn == "exact" and self.metric not in ("euclidean", "cosine", "correlation"):
+            raise UserError(f"cluster.knn: exact does not know cluster.metric={self.metric}; use auto or umap")
         check_range("cluster.knn_memory_mb", self.knn_memory_mb, 1)
         check_range("cluster.n_jobs", self.n_jobs, 0)
         check_choice("cluster.joblib_backend", self.joblib_backend, ["loky", "dask"])
