@@ -171,7 +171,7 @@ def test_a_failing_stage_shows_its_error_and_passes_its_exit_code_on(tmp_path, c
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-def die(script: str, argv: list[str], log: Path) -> None:
+def die(script: str, argv: list[str], log: Path, n_processes: int) -> None:
     """A stage that the system kills, as when memory runs out."""
     log.write_text("so far so good\n")
     os.kill(os.getpid(), signal.SIGKILL)
