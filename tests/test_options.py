@@ -335,7 +335,7 @@ def test_library_parameters_reach_the_libraries(run, monkeypatch):
     assert of_umap.items() <= seen["UMAP"].items()
     assert of_hdbscan.items() <= seen["HDBSCAN"].items()
     entry = run.json("labels/other/clusters.json")["classes"]["class 0"]
-    assert entry["settings"] == {"n_neighbors": 7, "min_cluster_size": 9, "min_samples": 3}
+    assert entry["settings"] == {"n_neighbors": 7, "knn": "exact", "min_cluster_size": 9, "min_samples": 3}
     assert run.array("labels/other/embedding.npy").shape == (360, 3)
 
 
@@ -343,7 +343,7 @@ def test_normalisation_divides_by_the_norm(run, rows, monkeypatch):
     _, _, kept = rows
     norms = {}
 
-    def spy(x, cluster, seed):
+    def spy(x, cluster, seed, found):
         norms.setdefault(cluster.source, []).append(np.linalg.norm(x, axis=1))
         return x[:, : cluster.n_components].astype(np.float32)
 
@@ -355,7 +355,7 @@ def test_normalisation_divides_by_the_norm(run, rows, monkeypatch):
     np.testing.assert_allclose(np.sort(np.concatenate(norms["raw"])), np.sort(features), rtol=1e-5)
 
 
-def noisy_embedding(x, cluster, seed):
+def noisy_embedding(x, cluster, seed, found):
     """Instead of UMAP: two tight groups and, every eighth row, a stray one."""
     rng = np.random.default_rng(0)
     points = rng.normal(size=(len(x), cluster.n_components)) * 0.1
