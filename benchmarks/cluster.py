@@ -24,7 +24,8 @@ def cluster(quick: bool) -> dict:
     """Rows a second through clustering: ours (`discover`, defaults) against umap-learn and hdbscan class after class.
 
     'ari_to_peer': agreement of our labels with the peer's of two seeds, the mean; 'ari_peer_seeds': of the peer's two
-    with each other, what can be asked for at most. Each is one draw: it is the size of their difference that tells.  'ari_truth' and 'ari_truth_peer': agreement with the planted fine classes.
+    with each other, what can be asked for at most. Each is one draw: it is the size of their difference that tells.
+    'ari_truth' and 'ari_truth_peer': agreement with the planted fine classes.
     """
     n_classes, n_rows = QUICK if quick else FULL
     with tempfile.TemporaryDirectory() as folder:
