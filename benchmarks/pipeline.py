@@ -1,4 +1,7 @@
-"""The six stages as a user runs them, each a process of its own, against the same with speed=plain."""
+"""The six stages as a user runs them, each a process of its own, against the same with speed=plain.
+
+With --quick a side's stages share one process, as most of a stage's seconds would be the import of its libraries.
+"""
 
 import json
 import subprocess
@@ -32,11 +35,20 @@ def choose_data(quick: bool) -> tuple[str, list[str]]:
     return " ".join([config, *settings]) + note, ["--config", str(ROOT / config), *settings]
 
 
-def run_stage(stage: str, argv: list[str]) -> None:
-    done = subprocess.run([sys.executable, str(ROOT / f"{stage}.py"), *argv], capture_output=True, text=True)
+RUN = """
+import importlib, sys
+for stage in sys.argv[1].split(","):
+    importlib.import_module(stage).main(sys.argv[2:])
+"""
+
+
+def run_stages(stages: list[str], argv: list[str]) -> None:
+    """Stages one after another in one process."""
+    command = [sys.executable, "-c", RUN, ",".join(stages), *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        raise RuntimeError(f"{stage}.py {' '.join(argv)} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"{', '.join(stages)} {' '.join(argv)} failed: {done.stderr.strip().splitlines()[-1]}")
 
 
 def test_accuracies(output_dir: Path) -> dict[str, float]:
@@ -47,12 +59,13 @@ def test_accuracies(output_dir: Path) -> dict[str, float]:
 def pipeline(quick: bool) -> dict:
     """Seconds of all six stages.  The sides run in turns, stage by stage, on all cores (threads=0)."""
     what, argv = choose_data(quick)
-    seconds = {stage: {} for stage in STAGES}
+    groups = {"all": STAGES} if quick else {stage: [stage] for stage in STAGES}
+    seconds = {name: {} for name in groups}
     with tempfile.TemporaryDirectory() as folder:
-        for stage in STAGES:
+        for name, stages in groups.items():
             for side, speed in SIDES.items():
                 how = [*argv, f"speed={speed}", f"output_dir={folder}/{side}", "threads=0"]
-                seconds[stage][side] = seconds_of(lambda stage=stage, how=how: run_stage(stage, how))
+                seconds[name][side] = seconds_of(lambda stages=stages, how=how: run_stages(stages, how))
         accuracies = {side: test_accuracies(Path(folder, side)) for side in SIDES}
     total = {side: sum(of_stage[side] for of_stage in seconds.values()) for side in SIDES}
     ratio = total["peer"] / total["ours"]

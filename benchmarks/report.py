@@ -51,10 +51,13 @@ def details(name: str, figure: dict) -> list[str]:
         lines.append(
             f"Memory: {figure['measure']}; {figure['rows'][0]:,} and {figure['rows'][1]:,} images of "
             f"{figure['image_bytes']:,} bytes, `loader.placement=host`. extract_features.py {figure['peer']:.0f} -> "
-            f"{figure['ours']:.0f} MB; uncertainty_filter.py ratio {figure['filter_ratio']:.3g}; the imports alone "
-            f"take {figure['peaks_mb']['baseline'][0]:.0f} MB. With the default placement the ratio is "
-            f"{figure['default_ratio']:.3g}."
+            f"{figure['ours']:.0f} MB; uncertainty_filter.py ratio {figure['filter_ratio']:.3g}."
         )
+        if "baseline" in figure["peaks_mb"]:
+            lines[-1] += (
+                f" The imports alone take {figure['peaks_mb']['baseline'][0]:.0f} MB. With the default placement the "
+                f"ratio is {figure['default_ratio']:.3g}."
+            )
     if stages := figure.get("stage_seconds"):
         parts = ", ".join(f"{s} {t['ours']:.1f} / {t['peer']:.1f}" for s, t in stages.items())
         accuracies = ", ".join(
