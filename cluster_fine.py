@@ -53,13 +53,10 @@ def report_class(name, entry):
 
 
 def label_rows(train, discovery, coarse_names):
-    """The lines of labels.csv, for people."""
-    found = ["" if z < 0 else discovery.names[z] for z in discovery.labels]
-    coarse = [coarse_names[y] for y in train.coarse_labels]
-    return [
-        [row, train.row_name(row), coarse[row], found[row], f"{discovery.membership[row]:.4f}"]
-        for row in range(train.n)
-    ]
+    """The lines of labels.csv, for people, one at a time."""
+    for row, (y, z) in enumerate(zip(train.coarse_labels, discovery.labels, strict=True)):
+        found = "" if z < 0 else discovery.names[z]
+        yield [row, train.row_name(row), coarse_names[y], found, f"{discovery.membership[row]:.4f}"]
 
 
 @command_line

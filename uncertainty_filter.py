@@ -42,17 +42,13 @@ def write_scores(cfg, stage, labels):
     return scores
 
 
-def suspect_rows(dataset, mean_probs, is_val, min_prob):
-    """The lines of suspects.csv."""
-    from utils import uncertainty
-
-    names = dataset.coarse_names
-    given, predicted = dataset.train.coarse_labels, mean_probs.argmax(1)
-    return [
-        [row, dataset.train.row_name(row), "val" if is_val[row] else "train", names[given[row]], names[predicted[row]],
-         f"{mean_probs[row].max():.6f}"]
-        for row in uncertainty.suspects(mean_probs, given, min_prob)
-    ]  # fmt: skip
+def suspect_rows(dataset, mean_probs, is_val, rows):
+    """The lines of suspects.csv, one at a time."""
+    names, given = dataset.coarse_names, dataset.train.coarse_labels
+    for row in rows:
+        split, predicted = "val" if is_val[row] else "train", mean_probs[row].argmax()
+        probability = f"{mean_probs[row].max():.6f}"
+        yield [row, dataset.train.row_name(row), split, names[given[row]], names[predicted], probability]
 
 
 @command_line
@@ -84,12 +80,13 @@ def main(argv=None):
         mean_probs = artifacts.load_array(stage.folder / "probs.npy", n, mmap=True)
         kept = uncertainty.keep_most_certain(scores, labels, train_rows, cfg.filter.keep_fraction)
         is_val = np.isin(np.arange(n), val_rows)
-        suspects = suspect_rows(dataset, mean_probs, is_val, cfg.filter.suspect_min_prob)
+        suspects = uncertainty.suspects(mean_probs, labels, cfg.filter.suspect_min_prob)
         kept_scores = {name: scores[kept & (labels == k)] for k, name in enumerate(dataset.coarse_names)}
         threshold = {name: float(of_class.max()) for name, of_class in kept_scores.items() if len(of_class)}
         accuracy = float((mean_probs.argmax(1) == labels)[train_rows].mean())
         stage.save_array("kept.npy", kept)
-        stage.save_csv("suspects.csv", ["row", "image", "split", "given", "predicted", "probability"], suspects)
+        header = ["row", "image", "split", "given", "predicted", "probability"]
+        stage.save_csv("suspects.csv", header, suspect_rows(dataset, mean_probs, is_val, suspects))
         stage.save_json("metrics.json", {
             "score": cfg.filter.score, "n_kept": int(kept.sum()), "n_train": len(train_rows), "threshold": threshold,
             "n_suspects": len(suspects), "accuracy_of_views": accuracy,

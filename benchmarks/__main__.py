@@ -2,7 +2,7 @@
 
 writes  with --out FILE: FILE (JSON), and beside it the table (.md) and the plot (.png)
 usage   python -m benchmarks --quick                                           (2 CPU cores: 3 minutes)
-        python -m benchmarks --only train uncertainty --out results/mine.json
+        python -m benchmarks --only train uncertainty --out results/mine.json  (other figures in the file stay)
         python -m benchmarks --out auto                                        results/bench-<device>.json
 """
 
@@ -80,6 +80,12 @@ def measure(name: str, quick: bool, device_type: str) -> dict:
     return {**result, "target": figure.target(device_type), "took_s": round(time.perf_counter() - started, 1)}
 
 
+def earlier_figures(earlier: dict, run: dict) -> dict:
+    """The figures of a file that --only adds to; none where it was measured on another device or at other sizes."""
+    alike = all(earlier.get(key) == run[key] for key in ("device", "threads", "precision", "quick"))
+    return earlier["figures"] if alike else {}
+
+
 def line_of(name: str, figure: dict) -> str:
     if "error" in figure:
         return f"{name:<15} {figure['error']}"
@@ -103,11 +109,14 @@ def main(argv=None):
     command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)])
     run = {"figures": {}, **describe(args.quick), "command": command}
     path = args.out and (RESULTS / f"bench-{slug(run['device'])}.json" if args.out == "auto" else Path(args.out))
+    if args.only and path and path.is_file():
+        run["figures"] = earlier_figures(artifacts.load_json(path), run)
     print(f"{run['device']}, {run['precision']}, {run['threads']} threads", file=sys.stderr)
     for name in [name for name in FIGURES if name in (args.only or FIGURES)]:
-        run["figures"][name] = measure(name, args.quick, run["device_type"])
+        run["figures"][name] = {**measure(name, args.quick, run["device_type"]), "commit": run["commit"]}
         print(line_of(name, run["figures"][name]), flush=True)
         if path:
+            run["figures"] = {name: run["figures"][name] for name in FIGURES if name in run["figures"]}
             artifacts.save_json(path, run)
     if path:
         report.write(path)

@@ -74,6 +74,15 @@ def details(name: str, figure: dict) -> list[str]:
     return lines
 
 
+def other_commits(run: dict) -> dict[str, list[str]]:
+    """{commit: its figures}, of the figures that `--only` left in the file from another commit."""
+    found = {}
+    for name, figure in run["figures"].items():
+        if figure.get("commit", run["commit"]) != run["commit"]:
+            found.setdefault(figure["commit"], []).append(name)
+    return found
+
+
 def markdown(run: dict, plot_name: str | None) -> str:
     """The table of one run, with where and with what it was measured; plot_name: the picture beside it, if any."""
     instructions = [n for n, has in (("AMX", run["amx"]), ("AVX512-BF16", run["avx512_bf16"])) if has]
@@ -96,6 +105,7 @@ def markdown(run: dict, plot_name: str | None) -> str:
         "",
         f"Made {run['date']} by `{run['command']}`, commit {run['commit']}{state}; {versions}. "
         "Both sides of a ratio run in turns in the same run.",
+        *(f"Of commit {commit}: {', '.join(names)}." for commit, names in other_commits(run).items()),
     ]
     return "\n".join(lines) + "\n"
 

@@ -222,7 +222,7 @@ def test_a_run_writes_json_table_and_plot(stubs, tmp_path, capsys):
     command.main(["--quick", "--only", "good", "--device", "cpu", "--out", str(tmp_path / "out.json")])
     run = json.loads((tmp_path / "out.json").read_text())
     assert run.keys() == RUN.keys() | {"figures"} and run["quick"] is True
-    assert run["figures"]["good"].keys() == KEYS | {"target", "took_s"}
+    assert run["figures"]["good"].keys() == KEYS | {"target", "took_s", "commit"}
     assert capsys.readouterr().out.startswith("good ")
     assert "| good | good / peer |" in (tmp_path / "out.md").read_text()
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
@@ -329,3 +329,19 @@ def test_every_figure_is_described():
         "loader", "train", "train_limit", "uncertainty", "cluster", "cluster_scale", "extract_memory", "pipeline"
     ]  # fmt: skip
     assert all(dataclasses.astuple(figure)[1] for figure in FIGURES.values())
+
+
+def test_only_leaves_the_other_figures_of_a_file(stubs, tmp_path):
+    path = tmp_path / "bench.json"
+    argv = ["--quick", "--only", "good", "--device", "cpu", "--out", str(path)]
+    command.main(argv)
+    run = json.loads(path.read_text())
+    run["figures"]["absent"] = {**run["figures"]["good"], "commit": "older"}
+    path.write_text(json.dumps(run))
+    command.main(argv)
+    assert list(json.loads(path.read_text())["figures"]) == ["good", "absent"]
+    assert "Of commit older: absent." in path.with_suffix(".md").read_text()
+    run["threads"] = 99  # measured otherwise
+    path.write_text(json.dumps(run))
+    command.main(argv)
+    assert list(json.loads(path.read_text())["figures"]) == ["good"]

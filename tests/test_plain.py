@@ -182,3 +182,14 @@ def test_a_long_run_is_compiled_if_its_trial_pays(config_file, tmp_path, compile
     assert "torch.compile took 30 s" in said and ("on for" if speedup > 1 else "off for") in said
     states = [(tmp_path / name / "planted/seed0/coarse/model.pt").read_bytes() for name in ("reference", "auto")]
     assert states[0] == states[1] and len(reference) == 3
+
+
+def test_a_trial_that_fails_leaves_training_as_it_was(config_file, tmp_path, compiled, monkeypatch, capsys):
+    def fail(*args, repeats):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\nand more")
+
+    monkeypatch.setattr(training, "COMPILE_TRIAL", 0)
+    monkeypatch.setattr(training, "timed_steps", fail)
+    assert train(config_file, tmp_path) == [False] * 3
+    said = capsys.readouterr().err
+    assert "coarse: torch.compile failed (InvalidCxxCompiler: No working C++ compiler found); going on without" in said

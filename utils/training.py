@@ -366,7 +366,13 @@ def compiled_if_it_pays(
     before = copy.deepcopy(network.state_dict())
     network.train()
     compiled = torch.compile(trained)
-    (cost,) = timed_steps(runtime, compiled, example, loss_of, repeats=1)
+    try:
+        (cost,) = timed_steps(runtime, compiled, example, loss_of, repeats=1)
+    except RuntimeError as error:  # no C++ compiler here, an operator that it does not know
+        reason = str(error).strip().splitlines()[0]
+        print(f"{name}: torch.compile failed ({reason}); going on without it", file=sys.stderr)
+        restore(network, before)
+        return None
     eager_s, compiled_s = (
         statistics.median(timed_steps(runtime, model, example, loss_of, repeats=5)) for model in (trained, compiled)
     )
@@ -376,9 +382,14 @@ def compiled_if_it_pays(
         f"{eager_s * 1e3:.1f}: {'on' if pays else 'off'} for the {steps_left:,} steps left",
         file=sys.stderr,
     )
-    network.load_state_dict(before)
-    network.zero_grad(set_to_none=True)
+    restore(network, before)
     return compiled if pays else None
+
+
+def restore(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Undo what forward and backward passes without an optimiser step did."""
+    network.load_state_dict(state)
+    network.zero_grad(set_to_none=True)
 
 
 def timed_steps(runtime: Runtime, network: nn.Module, example: tuple, loss_of, repeats: int) -> list[float]:
