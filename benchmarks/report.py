@@ -68,6 +68,14 @@ def details(name: str, figure: dict) -> list[str]:
             f"Pipeline ({figure['data']}), seconds of speed=fast / speed=plain: {parts}. "
             f"Test accuracy, %: {accuracies}."
         )
+    if "ari_to_peer" in figure:
+        seeds = figure["ari_peer_seeds"]
+        lines.append(
+            f"Clustering of {figure['n_classes']} classes of {figure['n_rows']:,} rows: ARI of our labels with the "
+            f"peer's {figure['ari_to_peer']:.3f}"
+            + ("" if seeds is None else f", of the peer's with its own of another seed {seeds:.3f}")
+            + f"; with the planted classes: ours {figure['ari_truth']:.3f}, the peer's {figure['ari_truth_peer']:.3f}."
+        )
     if name == "cluster_scale":
         curve = zip(figure["rows"], figure["seconds"], figure["peak_mb"], strict=True)
         lines.append("Clustering: " + ", ".join(f"{n:,} rows {s:.1f} s {mb:,.0f} MB" for n, s, mb in curve) + ".")
