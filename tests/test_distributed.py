@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -229,3 +230,16 @@ def test_reproduce_spreads_its_stages(config_file, tmp_path, monkeypatch, capfd)
     assert stop.value.code == 0, capfd.readouterr().err
     assert read_json(tmp_path / "planted/seed0/coarse/manifest.json")["processes"] == 2
     assert "coarse " in (tmp_path / "planted/logs/seed0-coarse.log").read_text()
+
+
+def test_a_process_with_nothing_to_say_leaves_time_to_the_one_that_has(monkeypatch):
+    """Symptom: torchrun ended rank 0 before it had printed, as rank 1 had left in silence."""
+    waited, counts = [], iter([2, 1])
+    monkeypatch.setattr(distributed.time, "sleep", waited.append)
+    assert distributed.speaks() and not waited
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.speaks() and waited == [distributed.GRACE_S]
+    monkeypatch.setattr(distributed, "_store", SimpleNamespace(add=lambda key, n: next(counts)))
+    assert not distributed.speaks() and len(waited) == 2
+    assert distributed.speaks() and len(waited) == 2

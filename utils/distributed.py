@@ -6,6 +6,7 @@ gathered outputs) travel through gloo on the CPU, gradients and batch statistics
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from utils.config import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+GRACE_S = 5.0  # that a process with nothing to say waits for the one that has
 PATIENCE = timedelta(minutes=30)  # that ranks wait for each other: rank 0 may be decoding a large image folder
 _store: Any = None  # what the ranks meet through, and where the first to fail says so
 _n_groups = 0  # joined so far by this process
@@ -77,16 +79,23 @@ def group() -> Iterator[None]:
 def speaks() -> bool:
     """True where this process should print its error: the first to fail prints, the others fail of the same cause.
 
-    Before the group is formed (a mistake on the command line) the first process of each machine speaks.
+    torchrun ends all processes as soon as one has ended, so those that leave the word to another wait for a while.
+    Before the group is formed (a mistake on the command line) the first process of each machine has the word, and the
+    others print only if they are still there afterwards.
     """
     if world_size() == 1:
         return True
     if _store is None:
-        return local_rank() == 0
+        if local_rank() > 0:
+            time.sleep(GRACE_S)
+        return True
     try:
-        return _store.add("failed", 1) == 1
+        is_first = _store.add("failed", 1) == 1
     except RuntimeError:  # the store went with the process that held it
-        return False
+        is_first = False
+    if not is_first:
+        time.sleep(GRACE_S)
+    return is_first
 
 
 def lost_peer(error: BaseException) -> bool:
