@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from benchmarks.setting import PILImages
 from benchmarks.timing import compare
 from utils.config import Config, TrainConfig
 from utils.loader import Inputs, training_batches
@@ -14,22 +15,7 @@ BATCH_SIZE = 512
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10
 
 
-class PILImages(torch.utils.data.Dataset):
-    """What torchvision.datasets.CIFAR10 does for an image: an array into PIL, then the transform."""
-
-    def __init__(self, images: np.ndarray, transform):
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.images[row])), 0
-
-
-def peer_loader(images: np.ndarray, on_cuda: bool) -> torch.utils.data.DataLoader:
+def peer_loader(images: np.ndarray, labels: np.ndarray, on_cuda: bool) -> torch.utils.data.DataLoader:
     """Padded crop, flip, tensor, normalise in two worker processes that stay alive."""
     from torchvision import transforms
 
@@ -38,7 +24,7 @@ def peer_loader(images: np.ndarray, on_cuda: bool) -> torch.utils.data.DataLoade
         transforms.ToTensor(), transforms.Normalize(MEAN, STD),
     ])  # fmt: skip
     return torch.utils.data.DataLoader(
-        PILImages(images, transform), BATCH_SIZE, shuffle=True, num_workers=2, drop_last=True,
+        PILImages(images, labels, transform), BATCH_SIZE, shuffle=True, num_workers=2, drop_last=True,
         persistent_workers=True, pin_memory=on_cuda,
     )  # fmt: skip
 
@@ -57,7 +43,7 @@ def loader(quick: bool) -> dict:
     rows, labels = np.arange(n_images), np.zeros(n_images, np.int64)
     inputs = Inputs(Split(images, labels, None, None, rows), device)
     normalise = Normalise(MEAN, STD).to(device)
-    theirs = peer_loader(images, on_cuda)
+    theirs = peer_loader(images, labels, on_cuda)
 
     def finish():
         if on_cuda:

@@ -1,6 +1,6 @@
 """What the image figures are measured on: a full-width ResNet18 and images of Fashion-MNIST's shape."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,21 @@ def open_setting(n_rows: int, *overrides: str) -> Setting:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n_rows, SIDE, SIDE, 1), dtype=np.uint8)
     return Setting(cfg, training.pick_runtime(cfg), new_split(images, rng.integers(0, N_CLASSES, n_rows), None))
+
+
+class PILImages(torch.utils.data.Dataset):
+    """What torchvision's own data sets do for an image: an array into PIL, then the transform."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, transform: Callable):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
 
 
 def endless(make_epoch) -> Iterator:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from benchmarks.setting import SIDE, Setting, endless, open_setting
+from benchmarks.setting import SIDE, PILImages, Setting, endless, open_setting
 from benchmarks.timing import compare
 from utils import loader, training
 
@@ -58,28 +58,12 @@ def our_step(setting: Setting) -> Callable[[], None]:
     return step
 
 
-class PilImages(Dataset):
-    """The rows of a split one by one as torchvision's own data sets give them: PIL image -> transform."""
-
-    def __init__(self, setting: Setting, transform: Callable):
-        self.images, self.labels = setting.split.inputs[..., 0], setting.split.coarse_labels
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple:
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.images[i])), int(self.labels[i])
-
-
 def peer_step(setting: Setting) -> Callable[[], None]:
     """One step of the plain loop: DataLoader with 2 workers, PIL, fp32, contiguous, the loss read at every step."""
     from torchvision import transforms
 
     augment = [transforms.RandomCrop(SIDE, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-    images = PilImages(setting, transforms.Compose(augment))
+    images = PILImages(setting.split.inputs[..., 0], setting.split.coarse_labels, transforms.Compose(augment))
     data = DataLoader(
         images, setting.cfg.train.batch_size, True, num_workers=2, drop_last=True, persistent_workers=True
     )

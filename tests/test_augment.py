@@ -306,38 +306,25 @@ def factor(draw, reach):
     return 1 - reach + 2 * reach * draw
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_brightness_is_torchvisions(channels):
+@pytest.mark.parametrize(
+    ("name", "reach", "adjust", "channels", "atol"),
+    [
+        ("brightness", 0.7, functional.adjust_brightness, 1, 1e-5),
+        ("brightness", 0.7, functional.adjust_brightness, 3, 1e-5),
+        # torchvision weighs red with 0.2989 where ITU-R 601 and kornia have 0.299
+        ("contrast", 0.7, functional.adjust_contrast, 1, 1e-4),
+        ("contrast", 0.7, functional.adjust_contrast, 3, 1e-4),
+        ("saturation", 0.9, functional.adjust_saturation, 3, 2e-4),
+        ("hue", 0.5, lambda image, hue: functional.adjust_hue(image, hue - 1), 3, 1e-5),  # a shift, not a factor
+    ],
+)
+def test_each_part_of_the_jitter_is_torchvisions(name, reach, adjust, channels, atol):
+    others_off = dict.fromkeys(["brightness", "contrast", "saturation", "hue"], 0)
     assert_as_torchvision(
-        strong(jitter_p=1, brightness=0.7, contrast=0, saturation=0, hue=0),
-        lambda image, d: functional.adjust_brightness(image, factor(d["BRIGHTNESS"], 0.7)),
+        strong(jitter_p=1, **others_off | {name: reach}),
+        lambda image, d: adjust(image, factor(d[name.upper()], reach)),
         images=colour_images(channels=channels),
-    )
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_contrast_is_torchvisions(channels):
-    """To 1e-4: torchvision weighs red with 0.2989 where ITU-R 601 and kornia have 0.299."""
-    assert_as_torchvision(
-        strong(jitter_p=1, brightness=0, contrast=0.7, saturation=0, hue=0),
-        lambda image, d: functional.adjust_contrast(image, factor(d["CONTRAST"], 0.7)),
-        images=colour_images(channels=channels),
-        atol=1e-4,
-    )
-
-
-def test_saturation_is_torchvisions():
-    assert_as_torchvision(
-        strong(jitter_p=1, brightness=0, contrast=0, saturation=0.9, hue=0),
-        lambda image, d: functional.adjust_saturation(image, factor(d["SATURATION"], 0.9)),
-        atol=2e-4,
-    )
-
-
-def test_hue_is_torchvisions():
-    assert_as_torchvision(
-        strong(jitter_p=1, brightness=0, contrast=0, saturation=0, hue=0.5),
-        lambda image, d: functional.adjust_hue(image, d["HUE"] - 0.5),
+        atol=atol,
     )
 
 

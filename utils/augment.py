@@ -81,8 +81,7 @@ def n_draws(settings: CropFlipConfig) -> int:
 
 def varies(settings: CropFlipConfig, n_channels: int) -> bool:
     """False where `apply` makes the same of an image whatever the draws."""
-    flips = 0 < settings.hflip_p < 1 or 0 < settings.vflip_p < 1
-    return bool(settings.crop_padding or flips or settings.cutout or _float_operations(settings, n_channels))
+    return 0 < settings.hflip_p < 1 or 0 < settings.vflip_p < 1 or not only_flips(settings, n_channels)
 
 
 def only_flips(settings: CropFlipConfig, n_channels: int) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from utils import neighbours, parallel
-from utils.config import ClusterConfig, UserError
+from utils.config import EXACT_METRICS, ClusterConfig, UserError
 from utils.metrics import embedding_scores, silhouette
 
 NOISE = -1
@@ -120,11 +120,11 @@ def _one_class(embedding: np.ndarray, reason: str, n_noise: int = 0, settings: d
 def find_neighbours(x: np.ndarray, cluster: ClusterConfig, device: str = "cpu") -> Neighbours | None:
     """The neighbours of (n, D) prepared rows for UMAP, by `cluster.knn`; None where UMAP is to search by itself.
 
-    auto: exact where the metric is one of neighbours.METRICS, on the CPU up to CPU_EXACT_ROWS rows. So the choice
+    auto: exact where the metric is one of EXACT_METRICS, on the CPU up to CPU_EXACT_ROWS rows. So the choice
     depends on the settings, the number of rows and the kind of device, never on time or the number of processes.
     """
     too_many = cluster.knn == "auto" and device == "cpu" and len(x) > CPU_EXACT_ROWS
-    if cluster.knn == "umap" or too_many or cluster.metric not in neighbours.METRICS:
+    if cluster.knn == "umap" or too_many or cluster.metric not in EXACT_METRICS:
         return None
     k = min(cluster.n_neighbors, len(x) - 1)
     return neighbours.exact_neighbours(x, k, cluster.metric, device, cluster.knn_memory_mb)

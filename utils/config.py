@@ -28,6 +28,7 @@ MEDMNIST = (
 ).split()
 DATASETS = ["digits", "fashion_mnist", "cifar10", "cifar100", "stl10", "svhn", *MEDMNIST, "imagefolder", "arrays"]
 SCORES = ["signed_max_prob", "entropy", "mutual_information", "variation_ratio", "margin"]
+EXACT_METRICS = ["euclidean", "cosine", "correlation"]  # that utils/neighbours.py searches by matrix product
 CLUSTER_METHODS = ["umap_hdbscan", "kmeans", "gmm", "random", "oracle"]
 
 
@@ -93,9 +94,7 @@ class ModelConfig:
 class LoaderConfig:
     """How images reach the network; changes no result."""
 
-    placement: str = (
-        "auto"  # auto (device if the images fit) | device (all on it, uint8) | host (copied batch by batch)
-    )
+    placement: str = "auto"  # where images wait: auto (device if they fit) | device (as uint8) | host (copied by batch)
     prefetch: int = 2  # placement host: batches made ready ahead of the step
 
     def __post_init__(self):
@@ -268,7 +267,7 @@ class ClusterConfig:
         check_range("cluster.k_min", self.k_min, 2)
         check_range("cluster.k_max", self.k_max, self.k_min)
         check_choice("cluster.knn", self.knn, ["auto", "exact", "umap"])
-        if self.knn == "exact" and self.metric not in ("euclidean", "cosine", "correlation"):
+        if self.knn == "exact" and self.metric not in EXACT_METRICS:
             raise UserError(f"cluster.knn: exact does not know cluster.metric={self.metric}; use auto or umap")
         check_range("cluster.knn_memory_mb", self.knn_memory_mb, 1)
         check_range("cluster.n_jobs", self.n_jobs, 0)

@@ -5,6 +5,7 @@ gathered outputs) travel through gloo on the CPU, gradients and batch statistics
 """
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -45,9 +46,15 @@ def refuse(script: str, instead: str) -> None:
         raise UserError(f"{script}: start it without torchrun; {instead}")
 
 
+def shares(n: int) -> list[slice]:
+    """The ranks' parts of n consecutive items: in order, disjoint and even to one."""
+    ends = [n * number // world_size() for number in range(world_size() + 1)]
+    return [slice(*part) for part in itertools.pairwise(ends)]
+
+
 def share(n: int) -> slice:
-    """This process's part of n consecutive items; the parts of all ranks are in order, disjoint and even to one."""
-    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
+    """This process's part of n consecutive items."""
+    return shares(n)[rank()]
 
 
 @contextlib.contextmanager
@@ -140,13 +147,11 @@ def gather_rows(part: "Tensor", n: int) -> "Tensor":
     import torch
     from torch import distributed
 
-    largest = -(-n // world_size())
-    padded = part.new_zeros((largest, *part.shape[1:]))
+    padded = part.new_zeros((-(-n // world_size()), *part.shape[1:]))  # all_gather wants parts of one size
     padded[: len(part)] = part
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     distributed.all_gather(parts, padded)
-    sizes = [n * (r + 1) // world_size() - n * r // world_size() for r in range(world_size())]
-    return torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)])
+    return torch.cat([p[: own.stop - own.start] for p, own in zip(parts, shares(n), strict=True)])
 
 
 def sum_over_ranks(x: "Tensor") -> "Tensor":

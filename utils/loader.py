@@ -46,7 +46,7 @@ def choose_placement(settings: LoaderConfig, n_bytes: int, device: torch.device)
     if settings.placement != "auto":
         return settings.placement
     placement = "device" if n_bytes <= RESIDENT_SHARE * free else "host"
-    if (placement, n_bytes, device) not in _announced and distributed.rank() == 0:
+    if (placement, n_bytes, device) not in _announced and distributed.is_main():
         _announced.add((placement, n_bytes, device))
         reason = "at most" if placement == "device" else "more than"
         print(f"loader.placement: {placement} ({sizes}: {reason} {RESIDENT_SHARE:.0%})", file=sys.stderr)

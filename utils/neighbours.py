@@ -7,7 +7,6 @@ a few more than asked for; their distances are computed again from the differenc
 
 import numpy as np
 
-METRICS = ("euclidean", "cosine", "correlation")
 GROUP = 32  # columns that share a minimum in the first pass of a selection
 CPU_BLOCK = 256  # rows; fewer waste the matrix product, more leave the caches
 SPARE = 8  # candidates beyond k: rounding in the product may not push a true neighbour out
@@ -18,7 +17,7 @@ def exact_neighbours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of every row: indices (n, k) int32 and distances (n, k) float32, nearest first.
 
-    x: (n, D) float32, finite.  k above n is lowered to n.  metric: one of METRICS, as umap-learn defines them (cosine
+    x: (n, D) float32, finite.  k above n is lowered to n.  metric: one of EXACT_METRICS, as umap-learn has them (cosine
     and correlation in [0, 2]; two rows without direction are at 0, one and any other at 1).  The row itself comes
     first, at distance 0, also where it has duplicates; equal distances go by index, so nothing is left to chance.
     device: cpu, or a torch device such as cuda:0.  memory_mb: bound in MB (2^20 bytes) of a block of b rows, which
@@ -83,9 +82,8 @@ def _smallest(scores: np.ndarray, count: int) -> np.ndarray:
     n_groups = n // GROUP
     if n_groups <= 4 * count:
         return np.argpartition(scores, count - 1, axis=1)[:, :count]
-    minima = (
-        scores[:, : n_groups * GROUP].reshape(len(scores), GROUP, n_groups).min(axis=1)
-    )  # group g: column % n_groups
+    # Group g holds the columns whose remainder by n_groups is g.
+    minima = scores[:, : n_groups * GROUP].reshape(len(scores), GROUP, n_groups).min(axis=1)
     groups = np.argpartition(minima, count - 1, axis=1)[:, :count]
     columns = (groups[:, None] + np.arange(GROUP)[:, None] * n_groups).reshape(len(scores), -1)
     left_over = np.broadcast_to(np.arange(n_groups * GROUP, n), (len(scores), n % GROUP))
